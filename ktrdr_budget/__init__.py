@@ -1,6 +1,6 @@
 """One hard spend cap, held by Redis, for every replica of a backend that runs LLM agents.
 
-Names are imported on first use, so that a command with few of them starts quickly.
+Each public name is imported when it is first used, so that a command that uses few names starts quickly.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Environment variables: their names, and the parsing of those outside of the service's settings."""
+"""Environment variables: the names of all, and the parsers of those that are not settings of the HTTP service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ZERO_BUDGET = (
     "a daily budget of 0 (AGENT_DAILY_BUDGET=0) denies all spending; to run without a limit, set"
     " AGENT_DAILY_BUDGET=unlimited"
 )
-"""Warning at start, because 0 disables the check in other backends."""
+"""The warning at the start with a budget of 0, which means "no limit" in other backends."""
 VARIABLES = (
     "KTRDR_ADMIN_KEY",
     "KTRDR_AGENT_DAILY_BUDGET",
@@ -63,17 +63,17 @@ VARIABLES = (
     "KTRDR_TENANT",
     "KTRDR_TIMEOUT",
 )
-"""Variables with the prefix ``KTRDR_`` of the service, the command and the library."""
+"""Variables of the service, the command and the library that have the prefix ``KTRDR_``."""
 _OF_TOOLS = ("KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
-"""Variables of ``docker-compose.yml``, ``docker/`` and ``scripts/``, which may be set in the same environment."""
+"""Variables that only ``docker-compose.yml``, ``docker/`` and ``scripts/`` use. They are no unknown variables."""
 _SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
-"""Variables that Kubernetes sets per service of a namespace: ``KTRDR_REDIS_PORT`` for ``ktrdr-redis``."""
+"""Variables that Kubernetes sets for each service of a namespace: ``KTRDR_REDIS_PORT`` for ``ktrdr-redis``."""
 _EDITS_MAX = 2
 _warned: set[str] = set()
 
 
 def check_names(environment: Mapping[str, str] = os.environ) -> None:
-    """Reject a mistyped ``KTRDR_…`` variable; log one warning about other unknown ones.
+    """Reject a mistyped ``KTRDR_…`` variable. Other unknown variables are logged in one warning.
 
     Raises:
         InvalidArgument: an unknown name is within two edits of a known one.
@@ -103,7 +103,7 @@ def _edits(one: str, other: str) -> int:
 
 
 def parse_limit(text: str) -> Amount | None:
-    """Parse a limit in dollars; ``None`` for ``unlimited``.
+    """Parse a limit in dollars; return ``None`` for the text ``unlimited``.
 
     Raises:
         InvalidAmount: the text is neither an amount nor ``unlimited``.
@@ -129,7 +129,7 @@ def daily_limit(environment: Mapping[str, str] = os.environ) -> Amount | None:
 
 
 def cycle_estimate(environment: Mapping[str, str] = os.environ) -> Amount:
-    """Read ``AGENT_CYCLE_ESTIMATE``: the expected cost of a research cycle, in dollars (0.15)."""
+    """Read ``AGENT_CYCLE_ESTIMATE``: the expected cost of a research cycle, in dollars (default: 0.15)."""
     text = environment.get("AGENT_CYCLE_ESTIMATE", "").strip()
     if not text:
         return CYCLE_ESTIMATE_DEFAULT
@@ -140,7 +140,7 @@ def cycle_estimate(environment: Mapping[str, str] = os.environ) -> Amount:
 
 
 def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.environ) -> Budget:
-    """Create the agent's daily budget in the timezone of ``AGENT_BUDGET_TIMEZONE`` (UTC)."""
+    """Create the agent's daily budget. Its timezone is read from ``AGENT_BUDGET_TIMEZONE`` (default: UTC)."""
     timezone = environment.get("AGENT_BUDGET_TIMEZONE", "").strip() or "UTC"
     try:
         return Budget(AGENT, limit, timezone=timezone)
@@ -149,10 +149,11 @@ def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.envir
 
 
 def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Read ``KTRDR_REDIS_URL``; ``None``, for the embedded server, if it is not set.
+    """Read ``KTRDR_REDIS_URL``. If it is not set, return ``None``, which means the embedded server.
 
     Raises:
-        InvalidArgument: it is set but empty. Otherwise each replica would start its own embedded server by mistake.
+        InvalidArgument: the variable is set but empty. This is probably a mistake, and with an embedded server each
+            replica would have its own cap.
     """
     url = environment.get("KTRDR_REDIS_URL")
     if url is None:
@@ -165,12 +166,12 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def tenant(environment: Mapping[str, str] = os.environ) -> str:
-    """Read ``KTRDR_TENANT`` (``default``)."""
+    """Read ``KTRDR_TENANT``: the tenant's name (default: ``default``)."""
     return check_name(environment.get("KTRDR_TENANT", "").strip() or "default", "KTRDR_TENANT")
 
 
 class LimiterOptions(TypedDict, total=False):
-    """Options of a limiter."""
+    """Options of a limiter that environment variables can set."""
 
     max_holds: int
     max_budgets: int
@@ -180,13 +181,13 @@ class LimiterOptions(TypedDict, total=False):
 
 
 def limiter_options(environment: Mapping[str, str] = os.environ) -> LimiterOptions:
-    """Read the limiter's options.
+    """Read the limiter's options from environment variables.
 
     The variables are ``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_RETENTION_DAYS``, ``KTRDR_TIMEOUT`` and
-    ``KTRDR_DURABILITY``; unset ones are left out.
+    ``KTRDR_DURABILITY``. The result has no entry for a variable that is not set.
 
     Raises:
-        InvalidArgument: a value is not a number, or ``KTRDR_DURABILITY`` has another value.
+        InvalidArgument: ``KTRDR_DURABILITY`` is not memory, replica or disk, or another variable is not a number.
     """
     found = LimiterOptions()
     if holds := environment.get("KTRDR_MAX_HOLDS", "").strip():
@@ -217,5 +218,5 @@ def _whole(name: str, text: str) -> int:
 
 
 def data_dir(environment: Mapping[str, str] = os.environ) -> str:
-    """Read ``AGENT_BUDGET_DIR``: the data directory of the embedded server (``data/budget``)."""
+    """Read ``AGENT_BUDGET_DIR``: the data directory of the embedded server (default: ``data/budget``)."""
     return environment.get("AGENT_BUDGET_DIR", "").strip() or DATA_DIR_DEFAULT

@@ -82,14 +82,14 @@ class BudgetExceeded(BudgetError):
         super().__init__(denial)
         self.denial = denial
         self.explanation = ""
-        """Origin of the requested amount if the caller did not set it; appended to the message."""
+        """The origin of an amount that the caller did not set; it is appended to the message."""
 
     def __str__(self) -> str:
         return f"{self.denial.message}; {self.explanation}" if self.explanation else self.denial.message
 
     @property
     def budget(self) -> str:
-        """Name of the first budget, in the order given, that denies the request."""
+        """Name of the budget that denies the request; of several, the first in the order given."""
         return self.denial.budget
 
     @property
@@ -114,7 +114,7 @@ class BudgetExceeded(BudgetError):
 
     @property
     def unconfirmed(self) -> Amount:
-        """Charged for holds that expired unsettled."""
+        """Sum of the charges for holds that expired before a settlement."""
         return self.denial.unconfirmed
 
     @property
@@ -141,8 +141,9 @@ class BudgetExceeded(BudgetError):
 class HoldConflict(BudgetError):
     """The id is in use with other contents, or the hold was settled differently. Nothing was changed.
 
-    ``state`` is the state of the hold with this id, if the store has replied with it. ``released_by_operator`` is set
-    if an operator has released a hold that was to be extended or to grow: its worker can still commit its cost.
+    ``state`` is the state of the hold with this id; ``None`` if the store did not send this state.
+    ``released_by_operator`` is set if an extension or growth is refused because an operator has released the hold. The
+    worker can still commit the cost of such a hold.
     """
 
     def __init__(self, message: str, *, state: HoldState | None = None, released_by_operator: bool = False) -> None:
@@ -158,7 +159,8 @@ class UnknownHold(BudgetError):
 class TooManyHolds(BudgetError):
     """The tenant has ``max_holds`` open and unconfirmed holds; nothing was written.
 
-    ``retry_after`` is the number of seconds, rounded up, until the first open hold expires; ``None`` if none is open.
+    ``retry_after`` is the number of seconds, rounded up, until the first open hold expires. It is ``None`` if no hold
+    is open.
     """
 
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
@@ -175,7 +177,7 @@ class UnknownBudget(BudgetError, LookupError):
 
 
 def unknown_budget(name: object, known: Collection[str], where: str = "this limiter") -> UnknownBudget:
-    """Create the error for an unknown name; the message lists the known names, or the closest of many."""
+    """Create the error for an unknown budget. Its message lists the known names; of many, only the most similar."""
     if not known:
         return UnknownBudget(f"unknown budget {shown(name)}; {where} has none")
     if len(known) <= _NAMES_SHOWN:
@@ -199,10 +201,11 @@ class UnknownPrice(BudgetError, LookupError):
 class StoreUnavailable(BudgetError):
     """The store did not reply within the timeout.
 
-    ``ambiguous``: the request may have been executed although its reply was lost. A retry with the same id is safe.
+    ``ambiguous`` is set if the store may have executed the request although the reply was lost. A retry with the same
+    id is safe.
 
-    ``reached``: the store is up but admits nothing now (under repair, read-only, loading), or the request was never
-    sent. The outage policies ``allow`` and ``lease`` then deny.
+    ``reached`` is set if the store is up but admits nothing now (it is under repair, read-only or loading), or if the
+    request was never sent. In these cases, the outage policies ``allow`` and ``lease`` deny the request, too.
     """
 
     def __init__(self, message: str, *, ambiguous: bool = False, reached: bool = False) -> None:
@@ -214,8 +217,8 @@ class StoreUnavailable(BudgetError):
 class StoreError(StoreUnavailable):
     """The store replied with an error: nothing was admitted.
 
-    ``fault`` is ``login`` if the store rejects the user or the password, ``protocol`` if the server is not a Redis
-    server or its use of TLS contradicts the URL, else empty.
+    ``fault`` is ``login`` if the store rejects the user or the password. It is ``protocol`` if the server is not a
+    Redis server, or if only one of the server and the URL uses TLS. Otherwise it is empty.
     """
 
     def __init__(self, message: str, *, ambiguous: bool = False, fault: Literal["", "login", "protocol"] = "") -> None:
@@ -228,16 +231,17 @@ class InvalidArgument(BudgetError, ValueError):
 
 
 class InvalidAmount(InvalidArgument):
-    """An amount is not a number, not finite, negative, fractional for a count, or 2**53 units or more."""
+    """An amount is not a finite number, is negative, is a fraction of a count, or is 2**53 units or more."""
 
 
 class DefinitionConflict(InvalidArgument):
     """The store has another unit, period, timezone or kind of the budget; nothing was written.
 
-    The first reservation or record registers a budget's definition. ``ktrdr budget migrate NAME``, or
-    :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces it. Open holds can be settled in any case.
+    The first reservation or record registers the definition of a budget in the store. ``ktrdr budget migrate NAME``,
+    or :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces this definition. Open holds can be settled in any
+    case.
 
-    ``registered`` and ``configured`` describe both definitions; empty if unknown.
+    ``registered`` describes the store's definition, ``configured`` the limiter's. Each is empty if it is unknown.
     """
 
     def __init__(self, message: str, *, registered: str = "", configured: str = "") -> None:
@@ -251,4 +255,4 @@ BudgetMismatch = DefinitionConflict
 
 
 class UnmeteredCall(InvalidArgument):
-    """The cost of a guarded client's call cannot be bounded, or would not be reported. Nothing was sent."""
+    """The cost of a call of a guarded client has no upper bound, or would not be reported. Nothing was sent."""

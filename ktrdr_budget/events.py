@@ -1,4 +1,4 @@
-"""Log records of spend and denials: a message for people, extra fields for log processors."""
+"""Log records of spend and denials. Each has a message for people and extra fields for log processors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT_CHARACTERS = 256
 
 
 def logs_spend() -> bool:
-    """Whether :func:`log_spend` writes a record; if not, the caller need not read a status for it."""
+    """Whether :func:`log_spend` writes a record. If not, its caller need not read the status of the budget."""
     return logger.isEnabledFor(logging.INFO)
 
 
@@ -24,7 +24,7 @@ def log_spend(amount: Amount, operation_id: str, status: Status | None) -> None:
     """Log spend: ``Budget spend recorded: $0.07 for op_1 (total: $0.15, remaining: $4.85)``.
 
     Args:
-        status: the window after the spend; ``None`` if the status cannot be read.
+        status: the status after the spend. If ``None``, total and remainder are logged as unknown.
     """
     total = remaining = "unknown"
     if status is not None:
@@ -48,7 +48,7 @@ def log_exhausted(operation_id: str, denial: Denial, summary: str) -> None:
     """Log a denied trigger: ``Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)``.
 
     Args:
-        summary: the text of the reply to the caller; ``denial.reason`` may be more specific.
+        summary: the text that the caller receives; ``denial.reason`` may be more specific.
     """
     logger.warning(
         "Budget exhausted: %s",

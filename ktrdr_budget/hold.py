@@ -1,4 +1,4 @@
-"""The hold of the async limiter; that of the sync one is derived from it (:mod:`ktrdr_budget.sync`)."""
+"""The hold of the async limiter. The hold of the sync limiter is derived from it (:mod:`ktrdr_budget.sync`)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ class AsyncHold(HoldBase):
         return self.engine.runner  # type: ignore[no-any-return]
 
     async def extend(self, ttl: float | None = None) -> None:
-        """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+        """Send a heartbeat: move the deadline, and report the accrued amount.
 
-        Reopens an expired hold, but not one that an operator has released. No hold stays open for longer than 24 h
-        after its grant.
+        A heartbeat reopens an expired hold, but not a hold that an operator has released. No hold stays open for longer
+        than 24 h after its grant.
+
+        Args:
+            ttl: seconds from now to the new deadline; by default the ``ttl`` of the reservation.
 
         Raises:
-            BudgetExceeded: the hold had expired and returned money, and the budget has no room for it any more.
+            BudgetExceeded: the hold had expired and returned money, and the budget has no room for this money any more.
             HoldConflict: the hold is settled, or an operator has released it (``released_by_operator``).
-            UnknownHold: the store does not have it.
-            StoreUnavailable: no reply within the deadline.
+            UnknownHold: the store does not have the hold.
+            StoreUnavailable: the store did not reply within the deadline.
         """
         await self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
     async def grow(self, amount: Amounts) -> None:
-        """Add to the reservation, in all budgets or in none. Concurrent additions by others are added as well.
+        """Add an amount to the reservation, in all budgets or in none.
 
-        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
+        If others add at the same time, all amounts are added. After an ambiguous ``StoreUnavailable``, a call with the
+        same amount is a retry: the amount is added only once.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing changed.
@@ -47,18 +51,21 @@ class AsyncHold(HoldBase):
         await self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
 
     async def commit(self, amount: Amounts | None = None) -> Settlement:
-        """Record the actual cost. A commit is never refused for lack of budget, lateness, or exceeding the reservation.
+        """Record the actual cost.
+
+        A commit is never refused because the budget has no room, the commit is late, or the cost exceeds the
+        reservation.
 
         Args:
-            amount: a scalar for every ``usd`` budget (counts then commit their reservation), or a mapping (omitted
-                budgets commit 0); by default the accrued amount.
+            amount: one amount for every ``usd`` budget, while counts commit their reservation; or a mapping, while
+                omitted budgets commit 0. By default, the accrued amount is committed.
 
         Raises:
-            HoldConflict: the hold was settled differently before, or metered calls inside it are in progress.
-            StoreUnavailable: no reply within the deadline. A retry is safe.
+            HoldConflict: the hold was settled differently before, or metered calls of the hold are in progress.
+            StoreUnavailable: the store did not reply within the deadline. A retry is safe.
         """
         return await self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
 
     async def release(self) -> Settlement:
-        """Return the whole amount. Errors as for :meth:`commit`."""
+        """Return the whole reserved amount to the budgets. The errors are those of :meth:`commit`."""
         return await self._runner.run(settle.release(self.engine.context, self), "release")

@@ -1,4 +1,4 @@
-"""The lease of the async limiter: decisions without the store; see ``docs/leases.md``."""
+"""The lease of the async limiter: prepaid money that this process spends without the store; see ``docs/leases.md``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ __all__ = ["AsyncLease", "Grant"]
 
 
 class AsyncLease(LeaseBase):
-    """A prepaid part of a budget that this process spends by itself: ``async with limiter.lease(...) as lease``.
+    """A prepaid part of a budget, spent by this process without the store: ``async with limiter.lease(...) as lease``.
 
-    :meth:`spend` and :meth:`reserve` decide at once; :meth:`acquire` waits for another slab if needed. On leaving, the
-    spend is committed and the rest released; an open grant keeps its slab until it is settled. Entering raises no error
-    if the store has no room or does not reply; the first decision raises it.
+    The lease prepays one slab (an amount) after the other. :meth:`spend` and :meth:`reserve` decide at once.
+    :meth:`acquire` waits for the next slab if necessary. If the budget has no room or the store does not reply, the
+    first of these calls raises the error; the start of the block does not.
+
+    At the end of the block, the spend is committed and the unspent amount is released. A slab with an open grant is
+    settled after the grant.
     """
 
     def __init__(self, runner: AsyncRunner, *args: Any, **options: Any) -> None:
@@ -35,12 +38,14 @@ class AsyncLease(LeaseBase):
         await self._runner.close_lease(self)
 
     async def acquire(self, amount: AmountIn) -> Grant:
-        """Reserve as :meth:`reserve` does, but wait for the next slab if needed, at most for the limiter's deadline.
+        """Reserve an amount as :meth:`reserve` does, but wait for the next slab if necessary.
+
+        The wait ends at the limiter's deadline.
 
         Raises:
             BudgetExceeded: neither the lease nor the store has room.
             StoreUnavailable: the lease has no room, and the store does not reply.
-            InvalidAmount: not an amount above 0.
+            InvalidAmount: the amount is not above 0.
         """
         units = self.to_units(amount, positive=True)
         if not self._waiters and (grant := self.try_reserve(units)) is not None:

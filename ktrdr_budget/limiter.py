@@ -1,4 +1,4 @@
-"""The asynchronous limiter: one spend cap, held by the store, for every replica."""
+"""The asynchronous limiter: the store enforces one spend cap for all replicas."""
 
 from __future__ import annotations
 
@@ -51,36 +51,39 @@ OnStoreError = Literal["deny", "allow", "lease"]
 
 
 class LimiterBase:
-    """Options and figures of the sync and the async limiter.
+    """Base class of the sync and the async limiter: their options and figures.
 
     Args:
-        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all forms:
-            :mod:`ktrdr_budget.engine.transport.urls`); ``None`` starts or joins the embedded server of ``data_dir``.
+        url: the store: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all
+            forms: :mod:`ktrdr_budget.engine.transport.urls`). If ``None``, the limiter uses the embedded server of
+            ``data_dir``, and starts this server if it does not run.
         budgets: the budgets of this replica, each with its configured limit.
-        tenant: part of every key; budgets of different tenants are separate.
+        tenant: a name that is part of every key. Budgets of different tenants are separate.
         timeout: the deadline of each call, in seconds.
-        on_store_error: the policy for calls that cannot reach the store: ``deny`` (raise
-            :class:`~ktrdr_budget.errors.StoreUnavailable`); ``allow``: admit without a check of the cap, and record the
-            spend once the store replies; or ``lease``: draw holds from prepaid leases (``lease_slab``), so that the cap
-            holds without the store. Such holds are known in this process only. The store records the spend of each
-            chunk as one entry, and charges the whole chunk if this process dies.
-        lease_slab: the prepaid amount under policy ``lease``, which shows as held: one amount for each budget in
-            dollars, or a mapping of budgets to amounts.
-        data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
-        observer: called with an ``Observation`` of each finished call. If the spend of a failed call reaches the store
-            later, it gets another one (operation ``resolve``). Exceptions of the observer are logged and ignored.
-        trace_id: returns the current trace id, for the ledger.
-        max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
+        on_store_error: the policy for calls that cannot reach the store.
+            ``deny``: raise :class:`~ktrdr_budget.errors.StoreUnavailable`.
+            ``allow``: admit the call without a check of the cap, and record the spend once the store replies.
+            ``lease``: take holds from chunks of money that the limiter has prepaid (``lease_slab``), so that the cap
+            is kept. Only this process knows these holds. The store records the spend of each chunk as one entry, and
+            charges the whole chunk if this process dies.
+        lease_slab: the amount of a prepaid chunk, for policy ``lease`` only: one amount for all budgets in dollars, or
+            a mapping of budgets to amounts. Prepaid money is shown as held.
+        data_dir: the data directory of the embedded server (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
+        observer: a function that is called with an ``Observation`` of each finished call. If the spend of a failed call
+            reaches the store later, the observer is called again (operation ``resolve``). Exceptions of the observer
+            are logged and ignored.
+        trace_id: a function that returns the current trace id, for the ledger.
+        max_holds: the maximum number of open and unconfirmed holds of the tenant. One more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
-        max_budgets: how many budgets this limiter, and the tenant in the store, may have.
-        retention_days: how long the store keeps an ended window and its ledger, at least 2; a day is added for holds
-            that were opened at the window's end.
+        max_budgets: the maximum number of budgets of this limiter, and of the tenant in the store.
+        retention_days: for how many days, at least 2, the store keeps a window and its ledger after the window's end. A
+            day is added for holds that were opened just before that end.
         durability: where a reservation or spend must be stored before its call succeeds: in ``memory`` of the server,
-            on a ``replica`` (``WAIT``), or on ``disk`` (``WAITAOF``, from Redis 7.2). Without that confirmation, the
-            call raises :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
-        credential_provider: a ``CredentialProvider`` of redis-py, or a callable that returns ``(username, password)``
-            or a password: called at each connection, instead of a login in the URL. The login of sentinels stays in the
-            URL.
+            on a ``replica`` (``WAIT``), or on ``disk`` (``WAITAOF``, from Redis 7.2). If the server does not confirm
+            this, the call raises :class:`~ktrdr_budget.errors.StoreUnavailable` with ``ambiguous`` set.
+        credential_provider: the source of the login for each new connection: a ``CredentialProvider`` of redis-py, or a
+            callable that returns ``(username, password)`` or a password. If ``None``, the login is that of the URL. The
+            login for sentinels is always that of the URL.
 
     Raises:
         InvalidArgument: an option is not usable.
@@ -150,22 +153,22 @@ class LimiterBase:
 
     @property
     def store_address(self) -> str | None:
-        """The store's URL, secrets included; ``None`` for an embedded server that has not been started."""
+        """The store's URL, including secrets; ``None`` if the embedded server has not been started."""
         return self.engine.store.address
 
     @property
     def store_credentials(self) -> Credentials | None:
-        """The source of each connection's login; ``None`` without a ``credential_provider``."""
+        """The source of each connection's login; ``None`` if no ``credential_provider`` was given."""
         return self.engine.store.credentials
 
     @property
     def keys(self) -> Keys:
-        """The tenant's keys."""
+        """The names of the tenant's keys in the store."""
         return self.engine.state.keys
 
     @property
     def replica_id(self) -> str:
-        """The id of this limiter in the store; another one after a fork."""
+        """The id of this limiter in the store. In a forked child, the limiter has a new id."""
         return self.engine.state.replica_id
 
     @property
@@ -175,43 +178,49 @@ class LimiterBase:
 
     @property
     def deferred(self) -> int:
-        """Settlements to send once the store replies (policies ``allow`` and ``lease``)."""
+        """How many settlements wait until the store replies again (policies ``allow`` and ``lease``)."""
         return self.engine.outbox.deferred
 
     @property
     def unresolved(self) -> int:
-        """Requests whose reply was lost and whose outcome is still unknown; at most 10,000."""
+        """How many requests have an unknown outcome, because their reply was lost; at most 10,000."""
         return self.engine.outbox.in_doubt
 
     @property
     def resolved(self) -> Mapping[str, int]:
-        """Former :attr:`unresolved` requests, by outcome (:data:`ktrdr_budget.engine.replica.outbox.OUTCOMES`)."""
+        """How many :attr:`unresolved` requests have ended, by outcome.
+
+        The outcomes are :data:`ktrdr_budget.engine.replica.outbox.OUTCOMES`.
+        """
         return self.engine.outbox.outcomes
 
     @property
     def store_state(self) -> StoreState:
-        """The circuit breaker: ``closed``: calls are sent; ``open``: the store does not reply, and calls fail fast."""
+        """The state of the circuit breaker.
+
+        ``closed``: calls are sent. ``open``: the store does not reply, and calls fail at once.
+        """
         return self.engine.dispatcher.breaker.state
 
     @property
     def repaired(self) -> Repair:
-        """Counts of what this replica replayed after data losses, and of what its journal had already dropped (P13)."""
+        """Counts of what this replica has replayed after data losses, and of what could not be replayed (P13)."""
         return self.engine.dispatcher.repair.total
 
     @property
     def prepaid(self) -> Mapping[str, Amount]:
-        """The amounts that policy ``lease`` could grant now without the store, per budget.
+        """The amount of each budget that this process could reserve now without the store, under policy ``lease``.
 
-        Empty under other policies.
+        Empty under the other policies.
         """
         return self.engine.policy.remaining
 
 
 class AsyncBudgetLimiter(LimiterBase):
-    """One hard cap for every replica that uses the same store and tenant.
+    """A limiter whose caps are shared by all replicas with the same store and tenant.
 
     Use it as ``async with AsyncBudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. It belongs to the
-    event loop of its first use. Calls made during a round trip are sent together in the next one.
+    event loop of its first use. Calls that are made during a round trip to the store share the next round trip.
     """
 
     _hold_class = AsyncHold
@@ -235,7 +244,7 @@ class AsyncBudgetLimiter(LimiterBase):
         await self.close()
 
     async def start(self) -> None:
-        """Connect. Succeeds even if the store is down; calls then fail until it is back.
+        """Connect to the store. If the store is down, the start still succeeds, and calls fail until the store replies.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -249,7 +258,7 @@ class AsyncBudgetLimiter(LimiterBase):
             logger.warning("starting without the store: %s", error)
 
     async def close(self) -> None:
-        """Finish calls in flight, within twice the deadline, and disconnect."""
+        """Wait for the calls in progress, for at most twice the ``timeout``, then disconnect."""
         await self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
@@ -265,24 +274,28 @@ class AsyncBudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> AsyncHold:
-        """Hold an estimate before the work; all budgets of a mapping or none.
+        """Reserve an estimated amount before the work.
+
+        If a mapping is given, the amounts are reserved in all of its budgets, or in none.
 
         Args:
-            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first budget without
-                room.
-            id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
-            ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
-            on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
+            budget: one name, together with ``amount``; or a mapping of names to amounts, without ``amount``. A denial
+                names the first budget without room.
+            id: the idempotency key: a second call with the same id and contents returns the same hold, marked
+                ``replayed``. If not given, an id is generated.
+            ttl: seconds, 1 to 86400, after which the hold expires if it is neither extended nor settled.
+            on_expiry: what an expired hold is charged. ``charge``: the whole reservation; ``accrued``: the reported
+                use; ``release``: nothing.
             operation: a label for the ledger.
-            owner: may settle the hold once it is unconfirmed (used by the HTTP service).
+            owner: the client of the HTTP service that may settle the hold after its expiry.
 
         Raises:
-            BudgetExceeded: no room; nothing was written.
-            TooManyHolds, TooManyBudgets: the tenant has the maximum; nothing was written.
+            BudgetExceeded: a budget has no room; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum number; nothing was written.
             HoldConflict: the id is in use with other contents.
             DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
-            InvalidArgument, UnknownBudget: refused before anything is sent.
-            StoreUnavailable: no reply within the deadline (policy ``deny``).
+            InvalidArgument, UnknownBudget: an argument is invalid; nothing was sent.
+            StoreUnavailable: the store did not reply within the deadline (policy ``deny``).
         """
         context = self.engine.context
         flow = reserve.reserve(context, budget, amount, id, ttl, on_expiry, operation, owner)
@@ -302,12 +315,17 @@ class AsyncBudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> AsyncIterator[AsyncHold]:
-        """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
+        """Reserve an amount for a ``with`` block, and settle the hold when the block ends.
 
-        If the hold was settled inside the block, also by its id, the end does nothing. Normal exit: commits what was
-        accrued, or the whole reservation if nothing was. Exception or cancellation: commits what was accrued, or
-        releases if nothing was; ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside
-        the block are still in progress, the hold stays open, and the last of them settles it.
+        While the block runs, a heartbeat extends the hold at every third of ``ttl``. The end of the block settles the
+        hold as follows:
+
+        - If the block ends normally, the accrued amount is committed. If nothing was accrued, the whole reservation is
+          committed; but if metered calls were made and cost nothing, the hold is released.
+        - If the block raises or is cancelled, the accrued amount is committed. If nothing was accrued, the hold is
+          released. With ``on_error="charge"``, the hold is left to expire instead; ``on_expiry`` sets its charge.
+        - If the hold was settled inside the block, by the hold or by its id, that settlement stays.
+        - If metered calls of the block are still in progress, the hold stays open until the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -319,7 +337,7 @@ class AsyncBudgetLimiter(LimiterBase):
 
     @asynccontextmanager
     async def keep(self, hold: AsyncHold, *, on_error: OnError = "release") -> AsyncIterator[AsyncHold]:
-        """Send heartbeats for a hold that was reserved before, and settle it at the end, as :meth:`hold` does."""
+        """Send heartbeats for an existing hold while a ``with`` block runs; then settle it as :meth:`hold` does."""
         check_on_error(on_error)
         stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
@@ -334,11 +352,11 @@ class AsyncBudgetLimiter(LimiterBase):
             restore_hold(outer)
 
     async def leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
-        """Settle a hold whose block has ended, as :meth:`hold` describes; for guards.
+        """Settle a hold whose block has ended, as :meth:`hold` describes. Guards of LLM clients call this, too.
 
         Args:
-            failed: the block raised.
-            stop: stops the heartbeats.
+            failed: whether the block raised.
+            stop: a function that stops the heartbeats.
         """
         if hold.leave_to_calls(failed, on_error, stop):
             return
@@ -363,15 +381,16 @@ class AsyncBudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> AsyncLease:
-        """Prepay a part of a budget, to reserve from it without the store; use the result with ``async with``.
+        """Prepay a part of a budget, so that reservations from this part need no store; use as ``async with`` block.
 
-        Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
+        A slab is an amount that is prepaid at a time. The store shows slabs as held, and charges them if this process
+        dies. The sum of all replicas stays below the cap.
 
         Args:
-            slab: the amount that is prepaid at a time; less if the budget has less.
-            low_water: if less is left, the next slab is requested; half of a slab by default.
-            ttl: seconds after which the store charges a slab of a process that is silent.
-            idle: seconds without use after which slabs are released; ``None``: never.
+            slab: the amount of a slab. If the budget has less, the slab is smaller.
+            low_water: the next slab is requested when less than this amount is left; by default half of a slab.
+            ttl: seconds after which the store charges the slabs of a process that sends no heartbeat.
+            idle: seconds without use after which slabs are released; if ``None``, unused slabs are kept.
             operation: the label of the slabs, in lists of holds and in the ledger.
 
         Raises:
@@ -384,30 +403,40 @@ class AsyncBudgetLimiter(LimiterBase):
         """Commit a hold of any process by its id; see :meth:`AsyncHold.commit`.
 
         Raises:
-            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+            UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
         """
         return await self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Release a hold of any process by its id: an open one for good, an unconfirmed one as an operator would.
+        """Release a hold of any process by its id.
+
+        The release of an open hold is final. The release of an unconfirmed hold is not: a later commit by the worker
+        still counts.
 
         Args:
-            operator: release it for a worker that seems dead. If the worker returns after all, its commit still counts.
+            operator: release the hold for a worker that seems dead. A later commit by the worker then counts even if
+                the hold was open.
         """
         flow = settle.settle_by_id(self.engine.context, id, None, released=True, by_operator=operator)
         return await self._runner.run(flow, "release")
 
     async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
+        """Send a heartbeat for a hold of any process by its id; see :meth:`AsyncHold.extend`.
 
-        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and never becomes earlier.
+        Args:
+            ttl: seconds from now to the new deadline. If ``None``, the new deadline is 900 seconds from now, unless the
+                present deadline is later.
+            accrued: the total use so far; if ``None``, no use is reported.
         """
         return await self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """Raise a reservation to new totals by id, all budgets or none, so that a retry is harmless.
+        """Raise the reservation of a hold to new totals by its id, in all budgets or in none.
 
-        ``ttl`` matters only if the hold had expired.
+        Since ``amounts`` are totals, a retry is harmless.
+
+        Args:
+            ttl: seconds from now to the new deadline if the hold has expired. An open hold keeps its deadline.
         """
         return await self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
@@ -419,11 +448,12 @@ class AsyncBudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """Record spend without a reservation; it is never refused for lack of budget.
+        """Record spend that was not reserved. The store never refuses it for lack of budget.
 
         Raises:
             HoldConflict: the id is in use with other contents.
-            StoreUnavailable: no reply within the deadline (policy ``deny``). A retry with the same id is safe.
+            StoreUnavailable: the store did not reply within the deadline (policy ``deny``). A retry with the same id is
+                safe.
         """
         return await self._runner.run(settle.record(self.engine.context, budget, amount, id, operation), "record")
 
@@ -432,10 +462,12 @@ class AsyncBudgetLimiter(LimiterBase):
     async def status(self, budget: str, *, complete: bool = False) -> Status:
         """Read a budget's current window.
 
-        After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
+        After the store has lost data, the replicas replay what they know, and figures may be incomplete until the time
+        ``recovering_until``.
 
         Args:
-            complete: wait for these replays; raise ``StoreUnavailable`` rather than return incomplete figures.
+            complete: wait for these replays, and raise ``StoreUnavailable`` if they take too long. If false, incomplete
+                figures may be returned.
 
         Raises:
             UnknownBudget: this limiter does not have the budget.
@@ -447,16 +479,17 @@ class AsyncBudgetLimiter(LimiterBase):
     async def statuses(self, *, complete: bool = False) -> Statuses:
         """Read all budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
-        A budget whose figures are unknown is not in the list; the list's attribute ``unavailable`` has its error, by
-        name.
+        The list omits a budget whose figures are unknown. The list's attribute ``unavailable`` maps the name of such a
+        budget to the error.
         """
         return await self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     async def check(self) -> dict[str, str | None]:
-        """Check whether the store can hold budgets safely; return the fault found by each check, or ``None``.
+        """Check whether the store can hold budgets safely; return each check's fault, or ``None`` if there is none.
 
-        ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
-        ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
+        ``store``: the store replies, accepts the login, and can be written to. ``policy``: the store's
+        ``maxmemory-policy`` is ``noeviction``. ``scripts``: the store runs the Lua scripts; the fault names each
+        command that the store refuses.
         """
         return await self._runner.run(readiness.check(self.engine.context), "check")
 
@@ -464,56 +497,72 @@ class AsyncBudgetLimiter(LimiterBase):
         """Read a hold by id.
 
         Raises:
-            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+            UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
         """
         return await self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     async def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """Read the open, then the unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        """Read the holds of a budget: first the open, then the unconfirmed ones, each with the latest deadline first.
+
+        Args:
+            limit: holds per page, 1 to 1000.
+            cursor: ``next_cursor`` of the previous page; ``None`` for the first page.
+        """
         return await self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     async def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
-        """Read the ledger entries of a window (by default the current one), newest first; ``limit`` 1 to 1000."""
+        """Read the ledger entries of a window, newest first.
+
+        Args:
+            window: the window's name; by default the current window.
+            limit: entries per page, 1 to 1000.
+            cursor: ``next_cursor`` of the previous page; ``None`` for the first page.
+        """
         return await self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     async def execute(self, command: Command, operation: str) -> Any:
-        """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
+        """Run a script or command on other keys of the tenant than those of budgets. The agent uses this.
 
-        It is resent after a lost reply until the deadline, so that it may be executed twice.
+        If a reply is lost, the command is sent again until the deadline, so the store may execute the command twice.
 
         Raises:
-            StoreUnavailable: no reply within the deadline.
+            StoreUnavailable: the store did not reply within the deadline.
         """
         return await self._runner.run(_execute(command), operation)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
     async def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
-        """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
+        """Set a limit at run time, for all replicas. This limit overrides the configured limit.
 
-        A run-time limit overrides the configured one. ``None`` is uncapped.
+        Args:
+            limit: the new limit; ``None`` removes the cap.
+            until: the end of the new limit: an aware datetime, or ``"window"`` for the end of the current window. If
+                ``None``, the limit has no end.
         """
         return await self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
     async def clear_limit(self, budget: str) -> Status:
-        """Return to the configured limit."""
+        """Remove the limit that was set at run time, so that the configured limit applies again."""
         return await self._runner.run(limits.clear_limit(self.engine.context, budget), "clear_limit")
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 
     async def migrate(self, budget: str) -> Migration:
-        """Replace the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
+        """Replace the definition of a budget (unit, kind, period, timezone) in the store by this limiter's definition.
 
-        All replicas obey with their next call: those with the same definition reserve and record at once, the others
-        raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
-        them, and spend under the former definition stays there: after a migration back, the old window continues. A
-        run-time limit is kept, unless it is in another unit.
+        The new definition applies to the next call of every replica. Replicas with the new definition can reserve and
+        record. The other replicas raise :class:`~ktrdr_budget.errors.DefinitionConflict`.
+
+        Open holds are settled in the windows that admitted them. Spend under the former definition stays in its window,
+        which continues if the budget is migrated back. A limit that was set at run time is kept if the unit is the
+        same.
 
         Raises:
-            UnknownBudget: this limiter was not given it.
-            StoreUnavailable: no reply; the same call again is harmless.
+            UnknownBudget: this limiter has no budget of this name.
+            StoreUnavailable: the store did not reply. A retry is harmless.
         """
         return await self._runner.run(limits.migrate(self.engine.context, budget), "migrate")
 

@@ -37,8 +37,9 @@ TTL_MAX_S = 86_400
 TTL_DEFAULT_S = 900
 
 OnExpiry = Literal["charge", "accrued", "release"]
-"""Charge for an expired hold: all that was reserved, the accrued part, or nothing."""
+"""What an expired hold is charged: the whole reservation, the accrued amount, or nothing."""
 HoldState = Literal["open", "unconfirmed", "committed", "released", "recorded"]
+"""The state of a hold. ``unconfirmed``: the hold expired before a settlement. ``recorded``: spend without a hold."""
 
 
 def check_name(value: object, what: str) -> str:
@@ -53,7 +54,7 @@ def check_name(value: object, what: str) -> str:
 
 
 def check_ttl_ms(ttl: object) -> int:
-    """Convert a ttl of 1 to 86400 seconds to milliseconds.
+    """Convert a ttl (time to live) of 1 to 86400 seconds to milliseconds.
 
     Raises:
         InvalidArgument: the value is not a number in that range.
@@ -64,23 +65,23 @@ def check_ttl_ms(ttl: object) -> int:
 
 
 def check_on_expiry(value: object) -> None:
-    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` unless the value is an :data:`OnExpiry`."""
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if the value is no :data:`OnExpiry`."""
     if not isinstance(value, str) or value not in get_args(OnExpiry):
         raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(value)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A named cap on the spend (for ``slots``: on the open holds) in each window of a period.
+    """A named cap on the spend in each window, such as each day. For kind ``slots``, a cap on the open holds.
 
     Args:
-        name: matches ``[A-Za-z0-9._:/@-]{1,128}``.
-        limit: dollars or a count; ``None`` for no cap, ``0`` denies all.
+        name: a text that matches ``[A-Za-z0-9._:/@-]{1,128}``.
+        limit: dollars or a count. ``None``: no cap. ``0``: every request is denied.
         unit: ``usd``, or the name of a count (``tokens``, ``requests``, …).
-        period: ``hour``, ``day``, ``week`` (ISO), ``month`` or ``ever``.
-        timezone: IANA name; determines when a day, week or month begins.
-        kind: ``spend``, or ``slots`` for a concurrency limit. Slots are held but never spent, so their period is always
-            ``ever`` and their unit a count.
+        period: the length of a window: ``hour``, ``day``, ``week`` (ISO), ``month`` or ``ever``.
+        timezone: the IANA name of the timezone in which a day, week or month begins.
+        kind: ``spend``, or ``slots`` for a concurrency limit. Slots are held but never spent. So the period of slots is
+            always ``ever``, and their unit is a count.
 
     Raises:
         InvalidArgument: a field is invalid (:class:`~ktrdr_budget.errors.InvalidAmount` for the limit).
@@ -120,7 +121,7 @@ class Budget:
 
     @property
     def definition(self) -> str:
-        """The identity on which all replicas must agree, in the store's format."""
+        """Unit, period, timezone and kind in the store's format. All replicas must use the same definition."""
         return f"{self.unit},{self.period},{self.timezone},{self.kind}"
 
     @property
@@ -130,7 +131,7 @@ class Budget:
 
 
 def identity_of(definition: str) -> str:
-    """Format a definition readably; return an unknown format unchanged."""
+    """Format a definition for people. A definition in an unknown format is returned unchanged."""
     words = definition.split(",")
     if len(words) != len(_IDENTITY):
         return definition
@@ -163,7 +164,7 @@ class Denial:
 
     @property
     def summary(self) -> str:
-        """The message without the name."""
+        """The message without the budget's name."""
         remaining, need = format_amount(self.remaining, self.unit), format_amount(self.requested, self.unit)
         return f"{self.reason} ({remaining} remaining, need {need})"
 
@@ -190,12 +191,15 @@ class Status:
     """Number of commits above their reservation."""
     limit_source: Literal["configured", "runtime"]
     limit_until: datetime | None
-    """End of the run-time limit; ``None`` if it has no end, or if there is no such limit."""
+    """End of the limit that was set at run time; ``None`` if this limit has no end or was not set."""
     configured_limit: Amount | None
     as_of: datetime
     """The store's clock at the time of the reply."""
     recovering_until: datetime | None = None
-    """Set after a data loss: until then, replicas replay their journals and nothing is admitted."""
+    """The end of the repair after a data loss; ``None`` if there is no repair.
+
+    During a repair, replicas replay their journals, and the store admits nothing.
+    """
 
     @property
     def name(self) -> str:
@@ -218,15 +222,15 @@ class HoldView:
     id: str
     state: HoldState
     amounts: Mapping[str, Amount]
-    """Reserved amounts per budget; for a record without a reservation, the recorded amounts."""
+    """Reserved amounts per budget. For spend that was recorded without a reservation, the recorded amounts."""
     accrued: Mapping[str, Amount]
     """Accrued amounts per budget."""
     charged: Mapping[str, Amount]
-    """Amounts that count as spent (settled) or unconfirmed (expired), per budget."""
+    """Charged amounts per budget. They count as spent if the hold is settled, as unconfirmed if it has expired."""
     windows: Mapping[str, str]
-    """The window of each budget that admitted the hold and is charged."""
+    """Names of windows per budget. The window of this name has admitted the hold, and is charged for it."""
     units: Mapping[str, str]
-    """``usd`` or ``count`` or ``slots`` per budget."""
+    """Units per budget: ``usd``, ``count`` or ``slots``."""
     on_expiry: OnExpiry
     created_at: datetime
     expires_at: datetime
@@ -245,29 +249,29 @@ class Settlement:
     amounts: Mapping[str, Amount]
     """Amounts that now count as spent; all 0 after a release."""
     replayed: bool = False
-    """Whether the same settlement had been made before; nothing changed."""
+    """Whether the same settlement was made before, so that this call changed nothing."""
     overrun: bool = False
-    """Whether the committed amount exceeds the reservation; it is recorded in full."""
+    """Whether the committed amount exceeds the reservation. The whole amount is recorded in any case."""
     overruns: tuple[str, ...] = field(default=(), compare=False)
-    """The budgets with an overrun."""
+    """The names of the budgets with an overrun."""
     late: bool = False
-    """Whether the hold had expired or been released by an operator; this settlement corrected it."""
+    """Whether the hold had expired, or an operator had released it. This settlement has corrected the charge."""
     deferred: bool = False
-    """Whether the settlement waits in memory for the store, under the outage policy ``allow``."""
+    """Whether the settlement waits in memory until the store replies again (outage policy ``allow``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """A signed entry of a window's ledger; the entries add up to ``spent + unconfirmed``."""
+    """One entry in the ledger of a window. All entries of a window add up to ``spent + unconfirmed``."""
 
     entry_id: str
-    """The entry's number in its ledger, from 1; empty for the summary of trimmed entries, of kind ``carried``."""
+    """The entry's number in its ledger, from 1. Empty for kind ``carried``, which is the sum of trimmed entries."""
     at: datetime
-    """By the store's clock, which may be set back; entries are ordered by their numbers."""
+    """The entry's time by the store's clock. Entries are ordered by number, because that clock may be set back."""
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
     amount: Amount
-    """Signed: the correction of an expiry charge may be negative."""
+    """The signed amount. It is negative if, for example, a correction lowers the charge of an expired hold."""
     operation: str
     trace_id: str
 
@@ -278,19 +282,19 @@ class Migration:
 
     budget: str
     before: str | None
-    """In the form of :attr:`Budget.identity`; ``None`` if none was registered."""
+    """The previous definition, in the form of :attr:`Budget.identity`; ``None`` if none was registered."""
     after: str
     limit_cleared: bool = False
-    """Whether a run-time limit was cleared because its unit has changed."""
+    """Whether a limit that was set at run time was cleared, because the budget's unit has changed."""
 
 
 class Statuses(list[Status]):
-    """Statuses of the budgets with known figures, and the errors of the others."""
+    """A list of the statuses of budgets, and the errors of budgets whose figures are unknown."""
 
     def __init__(self, statuses: Iterable[Status] = (), unavailable: Mapping[str, BudgetError] | None = None) -> None:
         super().__init__(statuses)
         self.unavailable: Mapping[str, BudgetError] = unavailable or {}
-        """Error per budget with unknown figures."""
+        """The errors of budgets whose figures are unknown, by budget name."""
 
 
 Item = TypeVar("Item")
@@ -298,12 +302,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """Items, newest first, with the cursor of the next page (``None`` for the last page)."""
+    """One page of a list: its items, and the cursor of the next page (``None`` on the last page)."""
 
     items: tuple[Item, ...]
     next_cursor: str | None
     trimmed: bool = False
-    """Whether the ledger entries of the cursor have been trimmed since, so that this page is the newest."""
+    """Whether the entries of the cursor were trimmed from the ledger. If so, this page is the newest page instead."""
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

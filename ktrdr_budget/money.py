@@ -21,23 +21,28 @@ MAX_UNITS = 2**53
 
 USD = "usd"
 COUNT = "count"
-"""Unit of a count whose unit is unknown to the reader."""
+"""The unit of an amount that is known to be a count, but not of what."""
 _SCALE = Decimal(NANOS_PER_USD)
 _WIDE = Context(prec=60)
 
 Amount = Decimal | int
 """Type of amounts that the package returns: ``Decimal`` dollars, or an ``int`` count."""
 AmountIn = Decimal | str | int | float
-"""Type of amounts that callers pass; a float is read through its ``repr``, so 0.1 means 0.1."""
+"""Type of amounts that callers pass. A float means the number that its ``repr`` shows, so 0.1 is exactly 0.1."""
 
 
 def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, positive: bool = False) -> int:
     """Convert an amount to internal units: nano-dollars for ``usd``, the count itself for any other unit.
 
-    Fractions of a nano-dollar round up (with ``round_down``, for limits, down), so that rounding never raises a cap.
+    Fractions of a nano-dollar are rounded so that rounding never raises a cap.
+
+    Args:
+        round_down: round down, as for limits. If false, round up, as for costs.
+        positive: reject zero.
 
     Raises:
-        InvalidAmount: not a number, not finite, negative, zero despite ``positive``, a fraction of a count, too large.
+        InvalidAmount: the amount is not a finite number, is negative, is a fraction of a count, is too large, or is 0
+            although ``positive`` is set.
     """
     try:
         # Checked first: a bool is an int in Python, and the cache would treat True as 1.
@@ -92,7 +97,11 @@ def _decimal(amount: object) -> Decimal | None:
 
 
 def not_an_amount(value: object, unit: str = USD, *, whole: bool = False) -> InvalidAmount:
-    """Create the error for an invalid amount; ``whole``: because it is a fraction of a count."""
+    """Create the error for an invalid amount.
+
+    Args:
+        whole: whether the amount is invalid because it is a fraction of a count.
+    """
     if unit in (USD, COUNT) and not whole:
         return InvalidAmount(f"{shown(value)} is not an amount; use a non-negative decimal such as 0.15")
     of = "" if unit == COUNT else f" of {unit}"

@@ -1,8 +1,8 @@
 """Windows: the intervals to which a budget's spend belongs.
 
-A window's name is part of its key, so no job resets counters: a new day has a new key. Names and bounds are computed
-here, from an IANA timezone; the store checks them against its clock. Hours are named by their UTC start, so the
-repeated hour of a day on which clocks go back gives two windows.
+The name of a window is part of the window's key. A new day has a new key, so no job has to reset counters. This module
+computes names and bounds from an IANA timezone, and the store checks the bounds against its clock. Hours are named by
+their start in UTC. So when clocks go back, the hour that occurs twice gives two windows.
 """
 
 from __future__ import annotations
@@ -114,7 +114,11 @@ def _hour(now_ms: int) -> Span:
 
 
 def _local_window(period: str, zone: tzinfo, midnight: datetime) -> Span:
-    """Return the day, week (ISO, from Monday) or month that contains a local midnight, given without a timezone."""
+    """Return the day, week (ISO, from Monday) or month that contains a local midnight.
+
+    Args:
+        midnight: the local midnight, as a datetime without a timezone.
+    """
     if period == "day":
         start, end, name = midnight, midnight + timedelta(days=1), f"{midnight:%Y-%m-%d}"
     elif period == "week":
@@ -130,9 +134,9 @@ def _local_window(period: str, zone: tzinfo, midnight: datetime) -> Span:
 def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
     """Return the first instant of the local day ``local``.
 
-    If clocks skip midnight, the day begins after the gap; if they repeat it, at the first occurrence. fold=0 serves
-    both: Python reads a skipped time with the offset before the gap, which gives an instant after the end of the gap,
-    so the result is moved back to that end.
+    If clocks skip midnight, the day begins at the end of this gap. If midnight occurs twice, the day begins at the
+    first occurrence, which ``fold=0`` selects. For a skipped time, Python then uses the offset before the gap. This
+    gives an instant after the gap, so the result is moved back to the end of the gap.
     """
     instant = local.replace(tzinfo=zone, fold=0)
     utc = instant.astimezone(UTC)
@@ -142,7 +146,11 @@ def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
 
 
 def _end_of_gap_ms(inside: datetime, zone: tzinfo) -> int:
-    """Return the last transition before ``inside``, whose local time was skipped; to the second, by bisection."""
+    """Return the end of the gap that skipped a local time, to the second, by bisection.
+
+    Args:
+        inside: the instant, after the gap, that Python gives for the skipped time.
+    """
     low, high = to_ms(inside - timedelta(days=1)) // 1000, to_ms(inside) // 1000
     after = from_ms(high * 1000).astimezone(zone).utcoffset()
     while high - low > 1:

@@ -47,23 +47,27 @@ class Hold(HoldBase):
         return self.engine.runner  # type: ignore[no-any-return]
 
     def extend(self, ttl: float | None = None) -> None:
-        """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+        """Send a heartbeat: move the deadline, and report the accrued amount.
 
-        Reopens an expired hold, but not one that an operator has released. No hold stays open for longer than 24 h
-        after its grant.
+        A heartbeat reopens an expired hold, but not a hold that an operator has released. No hold stays open for longer
+        than 24 h after its grant.
+
+        Args:
+            ttl: seconds from now to the new deadline; by default the ``ttl`` of the reservation.
 
         Raises:
-            BudgetExceeded: the hold had expired and returned money, and the budget has no room for it any more.
+            BudgetExceeded: the hold had expired and returned money, and the budget has no room for this money any more.
             HoldConflict: the hold is settled, or an operator has released it (``released_by_operator``).
-            UnknownHold: the store does not have it.
-            StoreUnavailable: no reply within the deadline.
+            UnknownHold: the store does not have the hold.
+            StoreUnavailable: the store did not reply within the deadline.
         """
         self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
     def grow(self, amount: Amounts) -> None:
-        """Add to the reservation, in all budgets or in none. Concurrent additions by others are added as well.
+        """Add an amount to the reservation, in all budgets or in none.
 
-        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
+        If others add at the same time, all amounts are added. After an ambiguous ``StoreUnavailable``, a call with the
+        same amount is a retry: the amount is added only once.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing changed.
@@ -72,29 +76,35 @@ class Hold(HoldBase):
         self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
 
     def commit(self, amount: Amounts | None = None) -> Settlement:
-        """Record the actual cost. A commit is never refused for lack of budget, lateness, or exceeding the reservation.
+        """Record the actual cost.
+
+        A commit is never refused because the budget has no room, the commit is late, or the cost exceeds the
+        reservation.
 
         Args:
-            amount: a scalar for every ``usd`` budget (counts then commit their reservation), or a mapping (omitted
-                budgets commit 0); by default the accrued amount.
+            amount: one amount for every ``usd`` budget, while counts commit their reservation; or a mapping, while
+                omitted budgets commit 0. By default, the accrued amount is committed.
 
         Raises:
-            HoldConflict: the hold was settled differently before, or metered calls inside it are in progress.
-            StoreUnavailable: no reply within the deadline. A retry is safe.
+            HoldConflict: the hold was settled differently before, or metered calls of the hold are in progress.
+            StoreUnavailable: the store did not reply within the deadline. A retry is safe.
         """
         return self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
 
     def release(self) -> Settlement:
-        """Return the whole amount. Errors as for :meth:`commit`."""
+        """Return the whole reserved amount to the budgets. The errors are those of :meth:`commit`."""
         return self._runner.run(settle.release(self.engine.context, self), "release")
 
 
 class Lease(LeaseBase):
-    """A prepaid part of a budget that this process spends by itself: ``with limiter.lease(...) as lease``.
+    """A prepaid part of a budget, spent by this process without the store: ``with limiter.lease(...) as lease``.
 
-    :meth:`spend` and :meth:`reserve` decide at once; :meth:`acquire` waits for another slab if needed. On leaving, the
-    spend is committed and the rest released; an open grant keeps its slab until it is settled. Entering raises no error
-    if the store has no room or does not reply; the first decision raises it.
+    The lease prepays one slab (an amount) after the other. :meth:`spend` and :meth:`reserve` decide at once.
+    :meth:`acquire` waits for the next slab if necessary. If the budget has no room or the store does not reply, the
+    first of these calls raises the error; the start of the block does not.
+
+    At the end of the block, the spend is committed and the unspent amount is released. A slab with an open grant is
+    settled after the grant.
     """
 
     def __init__(self, runner: SyncRunner, *args: Any, **options: Any) -> None:
@@ -111,12 +121,14 @@ class Lease(LeaseBase):
         self._runner.close_lease(self)
 
     def acquire(self, amount: AmountIn) -> Grant:
-        """Reserve as :meth:`reserve` does, but wait for the next slab if needed, at most for the limiter's deadline.
+        """Reserve an amount as :meth:`reserve` does, but wait for the next slab if necessary.
+
+        The wait ends at the limiter's deadline.
 
         Raises:
             BudgetExceeded: neither the lease nor the store has room.
             StoreUnavailable: the lease has no room, and the store does not reply.
-            InvalidAmount: not an amount above 0.
+            InvalidAmount: the amount is not above 0.
         """
         units = self.to_units(amount, positive=True)
         if not self._waiters and (grant := self.try_reserve(units)) is not None:
@@ -125,10 +137,10 @@ class Lease(LeaseBase):
 
 
 class BudgetLimiter(LimiterBase):
-    """One hard cap for every replica that uses the same store and tenant.
+    """A limiter whose caps are shared by all replicas with the same store and tenant.
 
     Use it as ``with BudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. Threads may
-    share it. Calls made during a round trip are sent together in the next one.
+    share it. Calls that are made during a round trip to the store share the next round trip.
     """
 
     _hold_class = Hold
@@ -152,7 +164,7 @@ class BudgetLimiter(LimiterBase):
         self.close()
 
     def start(self) -> None:
-        """Connect. Succeeds even if the store is down; calls then fail until it is back.
+        """Connect to the store. If the store is down, the start still succeeds, and calls fail until the store replies.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -166,7 +178,7 @@ class BudgetLimiter(LimiterBase):
             logger.warning("starting without the store: %s", error)
 
     def close(self) -> None:
-        """Finish calls in flight, within twice the deadline, and disconnect."""
+        """Wait for the calls in progress, for at most twice the ``timeout``, then disconnect."""
         self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
@@ -182,24 +194,28 @@ class BudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> Hold:
-        """Hold an estimate before the work; all budgets of a mapping or none.
+        """Reserve an estimated amount before the work.
+
+        If a mapping is given, the amounts are reserved in all of its budgets, or in none.
 
         Args:
-            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first budget without
-                room.
-            id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
-            ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
-            on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
+            budget: one name, together with ``amount``; or a mapping of names to amounts, without ``amount``. A denial
+                names the first budget without room.
+            id: the idempotency key: a second call with the same id and contents returns the same hold, marked
+                ``replayed``. If not given, an id is generated.
+            ttl: seconds, 1 to 86400, after which the hold expires if it is neither extended nor settled.
+            on_expiry: what an expired hold is charged. ``charge``: the whole reservation; ``accrued``: the reported
+                use; ``release``: nothing.
             operation: a label for the ledger.
-            owner: may settle the hold once it is unconfirmed (used by the HTTP service).
+            owner: the client of the HTTP service that may settle the hold after its expiry.
 
         Raises:
-            BudgetExceeded: no room; nothing was written.
-            TooManyHolds, TooManyBudgets: the tenant has the maximum; nothing was written.
+            BudgetExceeded: a budget has no room; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum number; nothing was written.
             HoldConflict: the id is in use with other contents.
             DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
-            InvalidArgument, UnknownBudget: refused before anything is sent.
-            StoreUnavailable: no reply within the deadline (policy ``deny``).
+            InvalidArgument, UnknownBudget: an argument is invalid; nothing was sent.
+            StoreUnavailable: the store did not reply within the deadline (policy ``deny``).
         """
         context = self.engine.context
         flow = reserve.reserve(context, budget, amount, id, ttl, on_expiry, operation, owner)
@@ -219,12 +235,17 @@ class BudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> Iterator[Hold]:
-        """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
+        """Reserve an amount for a ``with`` block, and settle the hold when the block ends.
 
-        If the hold was settled inside the block, also by its id, the end does nothing. Normal exit: commits what was
-        accrued, or the whole reservation if nothing was. Exception or cancellation: commits what was accrued, or
-        releases if nothing was; ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside
-        the block are still in progress, the hold stays open, and the last of them settles it.
+        While the block runs, a heartbeat extends the hold at every third of ``ttl``. The end of the block settles the
+        hold as follows:
+
+        - If the block ends normally, the accrued amount is committed. If nothing was accrued, the whole reservation is
+          committed; but if metered calls were made and cost nothing, the hold is released.
+        - If the block raises or is cancelled, the accrued amount is committed. If nothing was accrued, the hold is
+          released. With ``on_error="charge"``, the hold is left to expire instead; ``on_expiry`` sets its charge.
+        - If the hold was settled inside the block, by the hold or by its id, that settlement stays.
+        - If metered calls of the block are still in progress, the hold stays open until the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -236,7 +257,7 @@ class BudgetLimiter(LimiterBase):
 
     @contextmanager
     def keep(self, hold: Hold, *, on_error: OnError = "release") -> Iterator[Hold]:
-        """Send heartbeats for a hold that was reserved before, and settle it at the end, as :meth:`hold` does."""
+        """Send heartbeats for an existing hold while a ``with`` block runs; then settle it as :meth:`hold` does."""
         check_on_error(on_error)
         stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
@@ -251,11 +272,11 @@ class BudgetLimiter(LimiterBase):
             restore_hold(outer)
 
     def leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
-        """Settle a hold whose block has ended, as :meth:`hold` describes; for guards.
+        """Settle a hold whose block has ended, as :meth:`hold` describes. Guards of LLM clients call this, too.
 
         Args:
-            failed: the block raised.
-            stop: stops the heartbeats.
+            failed: whether the block raised.
+            stop: a function that stops the heartbeats.
         """
         if hold.leave_to_calls(failed, on_error, stop):
             return
@@ -280,15 +301,16 @@ class BudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> Lease:
-        """Prepay a part of a budget, to reserve from it without the store; use the result with ``with``.
+        """Prepay a part of a budget, so that reservations from this part need no store; use as ``with`` block.
 
-        Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
+        A slab is an amount that is prepaid at a time. The store shows slabs as held, and charges them if this process
+        dies. The sum of all replicas stays below the cap.
 
         Args:
-            slab: the amount that is prepaid at a time; less if the budget has less.
-            low_water: if less is left, the next slab is requested; half of a slab by default.
-            ttl: seconds after which the store charges a slab of a process that is silent.
-            idle: seconds without use after which slabs are released; ``None``: never.
+            slab: the amount of a slab. If the budget has less, the slab is smaller.
+            low_water: the next slab is requested when less than this amount is left; by default half of a slab.
+            ttl: seconds after which the store charges the slabs of a process that sends no heartbeat.
+            idle: seconds without use after which slabs are released; if ``None``, unused slabs are kept.
             operation: the label of the slabs, in lists of holds and in the ledger.
 
         Raises:
@@ -301,30 +323,40 @@ class BudgetLimiter(LimiterBase):
         """Commit a hold of any process by its id; see :meth:`Hold.commit`.
 
         Raises:
-            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+            UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
         """
         return self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Release a hold of any process by its id: an open one for good, an unconfirmed one as an operator would.
+        """Release a hold of any process by its id.
+
+        The release of an open hold is final. The release of an unconfirmed hold is not: a later commit by the worker
+        still counts.
 
         Args:
-            operator: release it for a worker that seems dead. If the worker returns after all, its commit still counts.
+            operator: release the hold for a worker that seems dead. A later commit by the worker then counts even if
+                the hold was open.
         """
         flow = settle.settle_by_id(self.engine.context, id, None, released=True, by_operator=operator)
         return self._runner.run(flow, "release")
 
     def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`Hold.extend`.
+        """Send a heartbeat for a hold of any process by its id; see :meth:`Hold.extend`.
 
-        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and never becomes earlier.
+        Args:
+            ttl: seconds from now to the new deadline. If ``None``, the new deadline is 900 seconds from now, unless the
+                present deadline is later.
+            accrued: the total use so far; if ``None``, no use is reported.
         """
         return self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """Raise a reservation to new totals by id, all budgets or none, so that a retry is harmless.
+        """Raise the reservation of a hold to new totals by its id, in all budgets or in none.
 
-        ``ttl`` matters only if the hold had expired.
+        Since ``amounts`` are totals, a retry is harmless.
+
+        Args:
+            ttl: seconds from now to the new deadline if the hold has expired. An open hold keeps its deadline.
         """
         return self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
@@ -336,11 +368,12 @@ class BudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """Record spend without a reservation; it is never refused for lack of budget.
+        """Record spend that was not reserved. The store never refuses it for lack of budget.
 
         Raises:
             HoldConflict: the id is in use with other contents.
-            StoreUnavailable: no reply within the deadline (policy ``deny``). A retry with the same id is safe.
+            StoreUnavailable: the store did not reply within the deadline (policy ``deny``). A retry with the same id is
+                safe.
         """
         return self._runner.run(settle.record(self.engine.context, budget, amount, id, operation), "record")
 
@@ -349,10 +382,12 @@ class BudgetLimiter(LimiterBase):
     def status(self, budget: str, *, complete: bool = False) -> Status:
         """Read a budget's current window.
 
-        After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
+        After the store has lost data, the replicas replay what they know, and figures may be incomplete until the time
+        ``recovering_until``.
 
         Args:
-            complete: wait for these replays; raise ``StoreUnavailable`` rather than return incomplete figures.
+            complete: wait for these replays, and raise ``StoreUnavailable`` if they take too long. If false, incomplete
+                figures may be returned.
 
         Raises:
             UnknownBudget: this limiter does not have the budget.
@@ -364,16 +399,17 @@ class BudgetLimiter(LimiterBase):
     def statuses(self, *, complete: bool = False) -> Statuses:
         """Read all budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
-        A budget whose figures are unknown is not in the list; the list's attribute ``unavailable`` has its error, by
-        name.
+        The list omits a budget whose figures are unknown. The list's attribute ``unavailable`` maps the name of such a
+        budget to the error.
         """
         return self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     def check(self) -> dict[str, str | None]:
-        """Check whether the store can hold budgets safely; return the fault found by each check, or ``None``.
+        """Check whether the store can hold budgets safely; return each check's fault, or ``None`` if there is none.
 
-        ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
-        ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
+        ``store``: the store replies, accepts the login, and can be written to. ``policy``: the store's
+        ``maxmemory-policy`` is ``noeviction``. ``scripts``: the store runs the Lua scripts; the fault names each
+        command that the store refuses.
         """
         return self._runner.run(readiness.check(self.engine.context), "check")
 
@@ -381,55 +417,71 @@ class BudgetLimiter(LimiterBase):
         """Read a hold by id.
 
         Raises:
-            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+            UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
         """
         return self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """Read the open, then the unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        """Read the holds of a budget: first the open, then the unconfirmed ones, each with the latest deadline first.
+
+        Args:
+            limit: holds per page, 1 to 1000.
+            cursor: ``next_cursor`` of the previous page; ``None`` for the first page.
+        """
         return self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
-        """Read the ledger entries of a window (by default the current one), newest first; ``limit`` 1 to 1000."""
+        """Read the ledger entries of a window, newest first.
+
+        Args:
+            window: the window's name; by default the current window.
+            limit: entries per page, 1 to 1000.
+            cursor: ``next_cursor`` of the previous page; ``None`` for the first page.
+        """
         return self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     def execute(self, command: Command, operation: str) -> Any:
-        """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
+        """Run a script or command on other keys of the tenant than those of budgets. The agent uses this.
 
-        It is resent after a lost reply until the deadline, so that it may be executed twice.
+        If a reply is lost, the command is sent again until the deadline, so the store may execute the command twice.
 
         Raises:
-            StoreUnavailable: no reply within the deadline.
+            StoreUnavailable: the store did not reply within the deadline.
         """
         return self._runner.run(_execute(command), operation)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
     def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
-        """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
+        """Set a limit at run time, for all replicas. This limit overrides the configured limit.
 
-        A run-time limit overrides the configured one. ``None`` is uncapped.
+        Args:
+            limit: the new limit; ``None`` removes the cap.
+            until: the end of the new limit: an aware datetime, or ``"window"`` for the end of the current window. If
+                ``None``, the limit has no end.
         """
         return self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
     def clear_limit(self, budget: str) -> Status:
-        """Return to the configured limit."""
+        """Remove the limit that was set at run time, so that the configured limit applies again."""
         return self._runner.run(limits.clear_limit(self.engine.context, budget), "clear_limit")
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 
     def migrate(self, budget: str) -> Migration:
-        """Replace the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
+        """Replace the definition of a budget (unit, kind, period, timezone) in the store by this limiter's definition.
 
-        All replicas obey with their next call: those with the same definition reserve and record at once, the others
-        raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
-        them, and spend under the former definition stays there: after a migration back, the old window continues. A
-        run-time limit is kept, unless it is in another unit.
+        The new definition applies to the next call of every replica. Replicas with the new definition can reserve and
+        record. The other replicas raise :class:`~ktrdr_budget.errors.DefinitionConflict`.
+
+        Open holds are settled in the windows that admitted them. Spend under the former definition stays in its window,
+        which continues if the budget is migrated back. A limit that was set at run time is kept if the unit is the
+        same.
 
         Raises:
-            UnknownBudget: this limiter was not given it.
-            StoreUnavailable: no reply; the same call again is harmless.
+            UnknownBudget: this limiter has no budget of this name.
+            StoreUnavailable: the store did not reply. A retry is harmless.
         """
         return self._runner.run(limits.migrate(self.engine.context, budget), "migrate")

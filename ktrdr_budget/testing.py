@@ -1,8 +1,9 @@
 """Limiters in memory, for tests of code that uses a limiter: no server, no file, no socket.
 
-They run the Lua scripts of the package in `fakeredis <https://fakeredis.readthedocs.io/>`_; install the extra
-``ktrdr-budget[testing]``. The cap, idempotency and the figures behave as on a server. They are a test double all the
-same: one process, no durability, and the time of this machine. The package's own promises are tested on real servers.
+These limiters run the Lua scripts of the package in `fakeredis <https://fakeredis.readthedocs.io/>`_; install the extra
+``ktrdr-budget[testing]``. The cap, idempotency and the figures are as on a server. But a limiter in memory is only a
+test double: it works in one process, stores nothing durably, and uses the time of this machine. The package itself is
+tested on real servers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _URL = "redis://memory"
 
 
 def memory_server() -> fakeredis.FakeServer:
-    """Create a server in memory, to pass to limiters that share their budgets, as replicas do.
+    """Create a server in memory. Limiters that are given the same server share their budgets, as replicas do.
 
-    While its attribute ``connected`` is false, each call ends as in an outage of the store.
+    While the server's attribute ``connected`` is false, each call fails as in an outage of the store.
 
     Raises:
         ImportError: fakeredis, or its Lua interpreter, is not installed.
@@ -42,7 +43,7 @@ def memory_server() -> fakeredis.FakeServer:
 
 
 class _MemoryNode(Node):
-    """A server in memory: redis-py's client over fakeredis, no connections of its own."""
+    """A server in memory: a client of fakeredis, without connections."""
 
     def __init__(self, server: fakeredis.FakeServer) -> None:
         from fakeredis import FakeAsyncRedis
@@ -51,12 +52,12 @@ class _MemoryNode(Node):
         self.client = FakeAsyncRedis(server=server, protocol=2)
 
     async def connection(self) -> None:
-        """See :class:`Node`; every batch goes through the client."""
+        """Do nothing, because the client needs no connection; see :class:`Node`."""
 
     async def execute(
         self, words: Sequence[Any], asking: bool, deadline: float, on_resend: Callable[[], None] | None
     ) -> Any:
-        """See :class:`Node`; without a second attempt, which would be no faster."""
+        """Execute a command; see :class:`Node`. There is no second attempt, because it would be no faster."""
         if words[0] == "INFO":  # fakeredis lacks it; the readiness check reads the policy, and nothing is evicted here
             return b"maxmemory_policy:noeviction"
         return await self.client.execute_command(*words)
@@ -92,9 +93,10 @@ class _MemoryLimiter(LimiterBase):
         """Create a limiter in memory.
 
         Args:
-            server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
-            timeout: seconds within which each call ends; long, because a busy machine is not an outage.
-            options: of a limiter on a server.
+            server: the result of :func:`memory_server`. By default, the limiter has a server of its own, which starts
+                empty.
+            timeout: the deadline of each call, in seconds. The default is long, because a busy machine is no outage.
+            options: further options, which are those of a limiter on a server.
         """
         made = memory_server() if server is None else server
         self._new_store = lambda *_: _MemoryStore(made)

@@ -1,4 +1,4 @@
-"""A facade for a single daily budget, with the interface of an in-process tracker, safe across replicas."""
+"""A tracker of one daily budget that all replicas share. Its interface is that of a tracker within one process."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ _LABEL_CHARACTERS = 256
 
 
 class BudgetTracker:
-    """A budget in dollars per day, shared by all processes on the same store. Thread-safe.
+    """A daily budget in dollars that all processes with the same store share. Threads may share a tracker.
 
-    Others may spend between ``can_spend`` and ``record_spend``; :meth:`reserve` checks and holds atomically.
+    Between ``can_spend`` and ``record_spend``, other processes may spend. :meth:`reserve` checks the budget and holds
+    the amount atomically.
 
     Args:
-        daily_limit: dollars; by default ``AGENT_DAILY_BUDGET`` (5.00; ``unlimited``).
-        data_dir: data directory of the embedded server; by default ``AGENT_BUDGET_DIR`` (``data/budget``).
-        url: URL of the store; by default ``KTRDR_REDIS_URL``, else the embedded server, which is also used if
-            ``data_dir`` is given.
-        credential_provider: provides the store's credentials for each connection; see :class:`AsyncBudgetLimiter`.
+        daily_limit: the limit in dollars. By default, the value of ``AGENT_DAILY_BUDGET``: an amount or ``unlimited``;
+            5.00 if it is not set.
+        data_dir: the data directory of the embedded server; by default ``AGENT_BUDGET_DIR`` (``data/budget``).
+        url: the URL of the store. By default, the embedded server is used if ``data_dir`` is given or
+            ``KTRDR_REDIS_URL`` is not set; otherwise the store of ``KTRDR_REDIS_URL`` is used.
+        credential_provider: the source of the login for each connection to the store; see :class:`AsyncBudgetLimiter`.
 
     Raises:
         InvalidArgument: an argument or an environment variable is invalid.
@@ -85,7 +87,7 @@ class BudgetTracker:
         self.close()
 
     def close(self) -> None:
-        """Disconnect; the embedded server ends with its last user."""
+        """Disconnect from the store. An embedded server stops when its last user disconnects."""
         self.limiter.close()
 
     # -- figures -------------------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ class BudgetTracker:
         return float(self._status().spent)
 
     def get_remaining(self) -> float:
-        """Return the dollars neither spent nor held today; ``inf`` if unlimited.
+        """Return today's remaining dollars, which are neither spent nor held; ``inf`` if the budget is unlimited.
 
         Raises:
             StoreUnavailable: the remainder is unknown, which is not the full budget.
@@ -110,8 +112,8 @@ class BudgetTracker:
     def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
         """Return whether the amount remains now, with the reason: ``(False, "budget_exhausted ($0.10 remaining, …)")``.
 
-        Nothing is held. If the remainder is unknown, because the store does not reply or has another definition of the
-        budget: ``(False, "budget_unavailable (…)")``.
+        The amount is not held. If the store does not reply, or has another definition of the budget, the result is
+        ``(False, "budget_unavailable (…)")``.
         """
         amount = from_units(to_units(estimated_amount))
         try:
@@ -140,8 +142,8 @@ class BudgetTracker:
     def record_spend(self, amount: AmountIn, operation_id: str) -> None:
         """Record spend. ``operation_id`` is a label, not an idempotency key: a second call records a second entry.
 
-        The ledger keeps the first 256 characters of the label. At log level INFO, the spend is logged with the day's
-        total and remainder; at higher levels these are not read.
+        The ledger keeps the first 256 characters of the label. If the log level is INFO or lower, the spend is logged
+        with the day's total and remainder.
 
         Raises:
             InvalidAmount: the amount is not a non-negative number.
@@ -165,10 +167,12 @@ class BudgetTracker:
         ttl: float = TTL_DEFAULT_S,
         on_expiry: OnExpiry = "charge",
     ) -> Hold:
-        """Check and hold an amount atomically; settle with ``hold.commit(cost)`` or ``hold.release()``.
+        """Check the budget and hold an amount atomically.
+
+        Settle the hold with ``hold.commit(cost)`` or ``hold.release()``.
 
         Raises:
-            BudgetExceeded: the remaining budget is smaller.
+            BudgetExceeded: the remaining budget is smaller than the amount.
             StoreUnavailable: the store did not reply.
         """
         return self.limiter.reserve(
@@ -185,7 +189,7 @@ class BudgetTracker:
         on_expiry: OnExpiry = "charge",
         on_error: OnError = "release",
     ) -> AbstractContextManager[Hold]:
-        """:meth:`reserve` as ``with tracker.hold(...) as hold``; see :meth:`AsyncBudgetLimiter.hold`."""
+        """Hold an amount for the block ``with tracker.hold(...) as hold``; see :meth:`AsyncBudgetLimiter.hold`."""
         return self.limiter.hold(
             _BUDGET,
             estimated_amount,
@@ -203,7 +207,7 @@ class BudgetTracker:
 
 
 def _label(operation_id: object) -> str:
-    """Convert any operation id to a ledger label, since an invalid one must not lose the spend."""
+    """Convert any operation id to a label for the ledger, so that spend with an invalid id is still recorded."""
     text = "" if operation_id is None else str(operation_id)
     return text.encode(errors="replace").decode()[:_LABEL_CHARACTERS]
 
@@ -213,7 +217,7 @@ _tracker_lock = threading.Lock()
 
 
 def get_budget_tracker() -> BudgetTracker:
-    """Return the process's tracker, created from the environment by the first call."""
+    """Return the tracker of this process. The first call creates the tracker from the environment variables."""
     global _tracker
     with _tracker_lock:
         if _tracker is None:

@@ -7,8 +7,8 @@
     your_group.add_command(agent)
     your_group.add_command(budget)
 
-The groups find the service through ``KTRDR_API_URL``, or through ``context.meta[API_URL]`` if your group sets it. An
-error is a ``click.ClickException`` with an exit code of this table, so your own command line reports it:
+The URL of the service is ``KTRDR_API_URL`` or, if your group sets it, ``context.meta[API_URL]``. Each error is a
+``click.ClickException``, which your command line reports with one of these exit codes:
 
 ===  ==============================================
 0    success, also when an exhausted budget is shown

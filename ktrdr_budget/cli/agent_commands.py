@@ -19,7 +19,7 @@ __all__ = ["agent"]
 
 _BAR_CELLS = 30
 _SCARCE = Decimal("0.25")
-"""Fraction of the limit below which the remaining budget is shown as scarce."""
+"""If the remaining budget is below this fraction of the limit, the bar is yellow."""
 
 
 @click.group()
@@ -45,7 +45,7 @@ def agent_budget(exact: bool, as_json: bool, watch: bool, interval: float) -> No
 
 
 def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
-    """Return the service's JSON and its text form."""
+    """Read the budget from the service. Return the JSON document and a text form of the document."""
     answer = where.get("/agent/budget")
     with expect_valid_response(where):
         document = answer.document
@@ -53,7 +53,7 @@ def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
 
 
 def status_text(status: Mapping[str, Any], *, exact: bool = False) -> str:
-    """Format the status; on a terminal, add a bar.
+    """Format the status of the daily budget. On a terminal, the text includes a bar.
 
     Raises:
         LookupError, TypeError, ValueError, ArithmeticError: the document is not the status of a daily budget.
@@ -90,7 +90,10 @@ def _bar(limit: Decimal, spent: Decimal, unconfirmed: Decimal, held: Decimal) ->
 
 
 def _cells(parts: tuple[Decimal, ...], limit: Decimal) -> list[int]:
-    """Return the cells per part: at least one for each non-zero part, and never all cells while budget remains."""
+    """Return the number of cells of each part. A part above 0 has at least one cell.
+
+    If some of the limit is left, at least one cell stays free.
+    """
     total = sum(parts)
     cells_max = _BAR_CELLS if total >= limit else _BAR_CELLS - 1
     scale = max(limit, total)

@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class AmountCommand(click.Command):
-    """A command with amounts as arguments; a negative amount is reported as invalid, not as an unknown option."""
+    """A command with amounts as arguments. The error for ``-1`` is an invalid amount, not an unknown option."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse as Click does, with a specific error for a negative amount."""
@@ -44,7 +44,7 @@ class AmountCommand(click.Command):
 
 
 def validate_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Click callback: accept a budget name, an id, or ``None`` if the option is absent.
+    """Click callback: accept a budget name or an id. If the option is absent, accept ``None``.
 
     Raises:
         click.BadParameter: the value is neither a valid name nor a valid id.
@@ -53,7 +53,9 @@ def validate_name(context: click.Context, parameter: click.Parameter, value: str
 
 
 def validate_end(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Click callback: accept the end of a limit: an instant with a timezone, ``window`` or ``never`` (``None``).
+    """Click callback: accept an instant with a timezone, ``window`` or ``never`` as the end of a limit.
+
+    The callback returns ``None`` for ``never``.
 
     Raises:
         click.BadParameter: the value is none of these.
@@ -74,7 +76,7 @@ def validate_end(context: click.Context, parameter: click.Parameter, value: str 
 
 
 def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, float | None], float | None]:
-    """Make a Click callback that accepts seconds from ``least`` to a day and, unlike Click's range, rejects NaN."""
+    """Make a Click callback that accepts seconds from ``least`` to a day. Unlike Click's range, it rejects NaN."""
 
     def check(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
         if value is None or least <= value <= _SECONDS_MAX:
@@ -99,7 +101,7 @@ def watch_options(command: Command) -> Command:
 
 
 def amounts_of(words: Sequence[str]) -> dict[str, str]:
-    """Parse ``NAME AMOUNT``, or one or more ``NAME=AMOUNT``.
+    """Parse the words ``NAME AMOUNT``, or one or more words of the form ``NAME=AMOUNT``.
 
     Raises:
         click.UsageError: the words have another form, or name a budget twice.
@@ -128,7 +130,7 @@ def _name(text: str) -> str:
 
 
 def new_id(kind: str) -> str:
-    """Generate an id on the client, so that the request can be retried if the reply is lost."""
+    """Generate an id for a request. If the reply is lost, the client can retry the request with the same id."""
     from secrets import token_hex
 
     return f"{kind}_{token_hex(8)}"

@@ -1,8 +1,8 @@
-"""The HTTP client of the commands: one request, one reply, one line for an error.
+"""The HTTP client of the commands. An error is reported as one line.
 
 The client uses the standard library, because importing ``httpx`` takes longer than the rest of ``ktrdr agent budget``.
-The client ignores the proxies of the environment, because the service usually runs nearby, and follows no redirects,
-because a redirect could leak the key.
+The client ignores the proxies of the environment, because the service usually runs nearby. The client follows no
+redirects, because a redirect could leak the key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ API_URL = "ktrdr_budget.api_url"
 URL_DEFAULT = "http://127.0.0.1:8000"
 TIMEOUT_S = 5.0
 _NOT_STARTED = ((429, "budget_exhausted"), (409, "active_cycle_exists"))
-"""Status and reason of the denials of a trigger."""
+"""The status and the reason of each reply that denies a trigger."""
 _KEY = re.compile(r"[\x21-\x7e]{1,4096}", re.ASCII)
 
 
@@ -82,7 +82,7 @@ class Service(NamedTuple):
         return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.prefix}"
 
     def get(self, path: str, **query: object) -> Answer:
-        """Read ``/api/v1`` + path; parameters that are ``None`` are left out."""
+        """Send a GET request for the path after ``/api/v1``. Query parameters that are ``None`` are not sent."""
         given = {name: value for name, value in query.items() if value is not None}
         return self.send("GET", f"{path}?{urlencode(given)}" if given else path)
 
@@ -96,10 +96,10 @@ class Service(NamedTuple):
             path: path after ``/api/v1``, percent-encoded.
             body: JSON body.
             admin: whether to send the admin key, if one is set.
-            repeat: advice on a safe retry, shown only if the request may have taken effect.
+            repeat: advice on a safe retry. The error shows the advice only if the request may have taken effect.
 
         Raises:
-            Denied, Unreachable, InvalidInput, CommandError: the request failed; the class sets the exit code.
+            Denied, Unreachable, InvalidInput, CommandError: the request failed. The class sets the exit code.
         """
         headers = {"Accept": "application/json, application/problem+json", "Connection": "close", **_key(admin)}
         if body is not None:
@@ -172,7 +172,7 @@ class Service(NamedTuple):
 
 
 def service() -> Service:
-    """Return the service of ``--api-url``, of an enclosing command line, or of ``KTRDR_API_URL``."""
+    """Return the service whose URL is given by ``--api-url``, an enclosing command line, or ``KTRDR_API_URL``."""
     given = click.get_current_context().meta.get(API_URL)
     return Service.at(given or os.environ.get("KTRDR_API_URL", "").strip() or URL_DEFAULT)
 
@@ -192,7 +192,7 @@ def expect_valid_response(service: Service) -> Iterator[None]:
 
 
 def denial_line(problem: Mapping[str, Any]) -> str:
-    """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 17 h 32 min``."""
+    """Return a line such as ``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 17 h 32 min``."""
     unit = "" if isinstance(problem["requested"], str) or "unit" not in problem else f" {problem['unit']}"
     remaining, need = (amount_text(problem[name]) + unit for name in ("remaining", "requested"))
     text = f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need})"
@@ -200,11 +200,11 @@ def denial_line(problem: Mapping[str, Any]) -> str:
 
 
 def _not_started_line(problem: Mapping[str, Any]) -> str:
-    """``Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 17 h 32 min``."""
+    """Return the message for a denied trigger. If the reply has ``retry_after``, the message says when to retry."""
     text = one_line(problem["message"])
     if "retry_after" not in problem:
         return text
-    # The service's retry_after is the next day, when the limit may differ; until then, a retry cannot succeed.
+    # An estimate above the limit never fits. The service's retry_after is the next day, when the limit may differ.
     seconds = None if problem.get("denial_reason") == "exceeds_limit" else problem["retry_after"]
     return f"{text}; {_advice(seconds)}"
 
@@ -222,10 +222,13 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _key(admin: bool) -> dict[str, str]:
-    """Return the header with the key of the environment, if one is set; the key itself is never shown.
+    """Return the header with a key from the environment, or no header if no key is set. No message shows the key.
 
-    If only one of the two variables is set, its key is sent with all requests. If a variable has several keys separated
-    by commas, as the service accepts, the first key is sent.
+    If only one of ``KTRDR_API_KEY`` and ``KTRDR_ADMIN_KEY`` is set, its key is sent with all requests. If a variable
+    has several keys, separated by commas, the first key is sent.
+
+    Args:
+        admin: prefer the admin key. Default: prefer the use key.
     """
     names = ("KTRDR_ADMIN_KEY", "KTRDR_API_KEY") if admin else ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")
     for name in names:

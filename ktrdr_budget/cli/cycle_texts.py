@@ -41,7 +41,7 @@ def has_ended(cycle: Cycle) -> bool:
 
 
 def status_text(status: Mapping[str, Any]) -> str:
-    """Format the active cycles and the result of the last one."""
+    """Format the active cycles, and the result of the cycle that ended last."""
     lines = ["Agent Status", SEPARATOR, f"Status: {one_line(status['status'])}"]
     if "capacity" in status:  # absent in replies of an earlier version
         lines += [_remaining(status["budget"]), _capacity(status["capacity"])]
@@ -114,7 +114,7 @@ def cycle_row(cycle: Cycle) -> list[str]:
 
 
 def milestones(cycle: Cycle) -> Iterator[str]:
-    """Yield one line for each event so far; the line of an event never changes."""
+    """Yield one line for each event of the cycle so far. The line of an event never changes."""
     for phase in PHASES[: PHASES.index(cycle["phase"]) + 1]:
         yield phase
         if facts := _facts(cycle, phase):
@@ -124,7 +124,7 @@ def milestones(cycle: Cycle) -> Iterator[str]:
 
 
 def picture(cycle: Cycle) -> str:
-    """Draw the four phases with the cycle's progress and spend."""
+    """Format the four phases as lines, with the progress and the spend of the cycle."""
     done, here, failed, open_ = "✓▸✗·" if can_show("✓▸✗·") else "+>x."
     at = PHASES.index(cycle["phase"])
     lines = [f"Cycle {_name(cycle)}: {one_line(cycle['status'])}, {_duration(cycle['elapsed_seconds'])}"]
@@ -144,14 +144,14 @@ def picture(cycle: Cycle) -> str:
 
 
 def ending(cycle: Cycle) -> str:
-    """Describe the end: ``failed after 4.2 s, $0.0312 (gate_failed: …)``."""
+    """Describe the end of a cycle: ``failed after 4.2 s, $0.0312 (gate_failed: …)``."""
     text = f"{cycle['outcome']} after {_duration(cycle['elapsed_seconds'])}, {amount_text(cycle['spend'])}"
     why = [one_line(word) for word in (cycle["reason"], _failed_gate(cycle), cycle["error"]) if word]
     return one_line(text) + (f" ({': '.join(dict.fromkeys(why))})" if why and why != [cycle["outcome"]] else "")
 
 
 def _failed_gate(cycle: Cycle) -> str:
-    """Return the reason of the failed gate, unless the cycle's error includes it."""
+    """Return the reason of the failed gate. If the cycle has an error, return nothing: the error has the reason."""
     failed = [gate for gate in cycle["gates"] if _stops(gate)]
     return str(failed[-1]["reason"]) if failed and not cycle["error"] else ""
 
@@ -204,7 +204,7 @@ def _figure(value: Any) -> str:
 
 
 def _duration(seconds: Any) -> str:
-    """``4.2 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    """Format seconds: ``4.2 s``, ``2 min 05 s``, ``1 h 02 min``."""
     seconds = Decimal(seconds)
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -23,7 +23,7 @@ __all__ = ["CommandError", "Denied", "InvalidInput", "Unreachable"]
 
 
 class CommandError(click.ClickException):
-    """An error reported as one line."""
+    """An error that the command reports as one line."""
 
     exit_code = 1
     prefix = "ktrdr: "
@@ -31,7 +31,7 @@ class CommandError(click.ClickException):
     def __init__(self, message: str, problem: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.problem = problem
-        """The problem document in the service's reply, if there is one."""
+        """The problem document in the service's reply, or ``None`` if the error has no such document."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write the line to stderr, or to ``file``."""
@@ -45,7 +45,7 @@ class InvalidInput(CommandError):
 
 
 class Denied(CommandError):
-    """A budget cannot cover the request; ``problem`` is the problem document, with the figures."""
+    """A budget cannot cover the request. ``problem`` is the problem document with the figures of the budget."""
 
     exit_code = 3
     prefix = "denied: "

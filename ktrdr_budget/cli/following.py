@@ -17,16 +17,16 @@ from ktrdr_budget.cli.screen import Screen, clock, draw_unknown
 __all__ = ["follow"]
 
 PATIENCE_S = 60.0
-"""Seconds without a reply of the service after which the command gives up, so that scripts terminate."""
+"""If the service does not reply for this number of seconds, the command fails, so that a script does not hang."""
 
 
 def follow(where: Service, operation_id: str, interval_s: float, as_json: bool) -> None:
-    """Show the phases of a cycle until the cycle ends: redrawn in place on a terminal, else one line per step.
+    """Show the progress of a cycle until the cycle ends. On a terminal, redraw in place; else write a line per step.
 
     Raises:
-        CommandError: the cycle failed or was cancelled, or the service no longer has its record.
+        CommandError: the cycle failed or was cancelled, or the service has no record of the cycle.
         Unreachable: the service did not reply for a minute.
-        click.Abort: Ctrl-C; the cycle continues.
+        click.Abort: the user pressed Ctrl-C. The cycle continues.
     """
     view = _View(as_json)
     try:
@@ -60,10 +60,10 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
 
 
 def _find(where: Service, operation_id: str) -> dict[str, Any]:
-    """Find the cycle among the active or the recent ones.
+    """Find a cycle in the agent's status or, if it is not there, in the list of cycles.
 
     Raises:
-        CommandError: the cycle is in neither list.
+        CommandError: the cycle is in neither document.
     """
     for path in ("/agent/status", "/agent/cycles"):
         answer = where.get(path)
@@ -75,13 +75,13 @@ def _find(where: Service, operation_id: str) -> dict[str, Any]:
 
 
 def _cycles(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Index the cycles of a status or a list of cycles by id."""
+    """Return the cycles by id. The document is the agent's status or a list of cycles."""
     found = document["cycles"] if "cycles" in document else [*document["active_cycles"], document["last_cycle"]]
     return {cycle["operation_id"]: cycle for cycle in found if cycle is not None}
 
 
 class _View:
-    """Shows the progress of a cycle: each step once, or a drawing that is updated."""
+    """Shows the progress of a cycle: on a terminal, a text that is redrawn; else, each step once."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -90,7 +90,7 @@ class _View:
         self._unknown_since = ""
 
     def draw(self, cycle: Mapping[str, Any]) -> None:
-        """Show the new steps."""
+        """Show the steps since the previous call."""
         self._unknown_since = ""
         if self._screen.redraws and not self._as_json:
             note = "" if has_ended(cycle) else "Ctrl-C stops waiting; the cycle continues."
@@ -108,7 +108,7 @@ class _View:
             write(ending(cycle))
 
     def unknown(self, error: Unreachable) -> None:
-        """Report once that the service is unreachable; on a terminal, show the report until the next reply."""
+        """Report that the service is unreachable, once per outage. On a terminal, the report stays until a reply."""
         first, self._unknown_since = not self._unknown_since, self._unknown_since or clock()
         if first or (self._screen.redraws and not self._as_json):
             draw_unknown(self._screen, error, self._unknown_since, self._as_json)

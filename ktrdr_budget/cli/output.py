@@ -29,14 +29,14 @@ _MARKED = re.compile(r'"\\u0000([-0-9.]+)\\u0000"')
 
 
 def write(text: str, file: IO[Any] | None = None) -> None:
-    """Write a text and a newline to stdout (or ``file``); unsupported characters are escaped."""
+    """Write a text and a newline to ``file``. Default: stdout. Escape characters that its encoding does not have."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def write_json(document: Any, *, compact: bool = False) -> None:
-    """Write a JSON document: indented on a terminal, else in one line."""
+    """Write a JSON document in one line. On a terminal, indent the document, unless ``compact`` is set."""
     write(json_text(document, indent=2 if not compact and is_terminal() else None))
 
 
@@ -82,7 +82,7 @@ def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = No
 
     Args:
         value: a decimal string for dollars, an integer for a count.
-        is_money: whether the value is dollars, if its type does not show that, as in ``/agent/budget``.
+        is_money: whether the value is dollars. Default: the type of the value decides.
 
     Raises:
         ValueError, TypeError, ArithmeticError: the value is not an amount.
@@ -134,12 +134,12 @@ def fields(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 class Table:
-    """A table with aligned columns, written page by page; later pages may widen a column.
+    """A table with aligned columns. The table is written page by page, and a later page may widen a column.
 
     If a line would exceed the width of the terminal, each row becomes a block of fields.
 
     Args:
-        columns: headings; a leading ``>`` aligns to the right.
+        columns: the headings. A leading ``>`` aligns the column to the right.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -150,7 +150,7 @@ class Table:
         self._stacked = False
 
     def write(self, rows: Sequence[Sequence[object]]) -> None:
-        """Write rows; the first call also writes the headings."""
+        """Write rows. The first call also writes the headings."""
         if not rows:
             return
         cells = [[one_line(cell) for cell in row] for row in rows]
@@ -176,5 +176,5 @@ class Table:
 
 
 def _columns() -> int | None:
-    """Return the width of the terminal; ``None`` if stdout is not a terminal."""
+    """Return the width of the terminal, or ``None`` if stdout is not a terminal."""
     return (os.get_terminal_size(sys.stdout.fileno()).columns or None) if is_terminal() else None

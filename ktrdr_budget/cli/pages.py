@@ -25,7 +25,7 @@ def paged(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
-    """Yield the requested page or, with ``everything``, the requested page and all later pages."""
+    """Yield the requested page. If ``everything`` is set, yield all later pages, too."""
     where = service()
     if everything and query["limit"] is None:
         query["limit"] = PAGE_MAX
@@ -50,7 +50,7 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
 def show_pages(
     pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
 ) -> None:
-    """Write the list page by page: the first items appear at once, and the whole list is never in memory."""
+    """Write a list page by page. The first items appear at once, and the whole list is never in memory."""
     if as_json:
         _write_pages_json(pages, field)
         return
@@ -69,7 +69,7 @@ def show_pages(
 
 
 def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
-    """Write the items of all pages as one document in the form of a page."""
+    """Write one JSON document that has the form of a page, with the items of all pages."""
     first = next(pages).document
     second = next(pages, None)
     if second is None:

@@ -23,7 +23,7 @@ __all__ = ["prices"]
 
 _TOKENS = click.IntRange(0, 10**9)
 ANY_PROVIDER = "any"
-"""Provider of an unlisted model with a fixed cost per call, for which the provider is irrelevant."""
+"""The provider if none is known. It is used only for a fixed cost per call, which is the same for all providers."""
 
 
 @click.group()
@@ -83,14 +83,14 @@ class _Found:
 
     @property
     def listed(self) -> str:
-        """The price list's name for the model; empty if the price has another source."""
+        """The name of the model in the price list, or an empty text if the price has another source."""
         if not self.source.startswith("genai-prices"):
             return ""
         names = self._prices.price_list.find(self.provider, self.model)
         return names[1] if names else ""
 
     def costs(self, usage: Usage) -> tuple[Cost, Cost]:
-        """Return the cost of a call with this usage, and the maximum cost of a call of the same size."""
+        """Return the cost of a call with this usage, and the maximum cost of a call with these numbers of tokens."""
         names = (self.provider, self.model)
         tier = self.tier or None
         worst = self._prices.worst_case(*names, usage.input_tokens, usage.output_tokens, self._now, service_tier=tier)
@@ -98,7 +98,7 @@ class _Found:
 
 
 def _fixed(source: Prices, provider: str, model: str, now: datetime) -> Rates:
-    """Return the fixed cost of a model without a price, or raise UnknownPrice."""
+    """Return the fixed cost per call, for a model without a price. If no fixed cost is set, raise ``UnknownPrice``."""
     from ktrdr_budget.metering.rates import UNITS, Rate, Rates
 
     cost = source.worst_case(provider, model, 1, 1, now)
@@ -177,7 +177,7 @@ def _dollars(value: Decimal) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """Format all digits, with at least two decimals: prices may be below a nano-dollar."""
+    """Format a number with all digits and at least two decimals. A price may be below a nano-dollar."""
     whole, _, decimals = f"{value:f}".partition(".")
     return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
 

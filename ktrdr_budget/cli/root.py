@@ -21,10 +21,10 @@ from ktrdr_budget.errors import InvalidArgument
 __all__ = ["main"]
 
 _EXIT_INTERRUPTED = 130
-"""Exit code of a command that was ended by Ctrl-C, as shells expect."""
+"""The exit code of a command that Ctrl-C ended. Shells expect this code."""
 
 _HELP = tuple(filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)]))
-"""Raised by a group without a command, to show its help; earlier Click versions exit instead."""
+"""The exception of Click that shows the help of a group without a command. Earlier versions of Click exit instead."""
 
 
 class _Root(click.Group):
@@ -38,7 +38,7 @@ class _Root(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command line and exit; with ``standalone_mode=False`` return or raise, as Click's ``main`` does."""
+        """Run the command line and exit. With ``standalone_mode=False``, return or raise as Click's ``main`` does."""
         run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
             return run()
@@ -66,7 +66,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 
 def _drop_stdout() -> None:
-    """Redirect stdout, because the interpreter would retry the failed write at exit and report it again."""
+    """Discard stdout. Otherwise, the interpreter would retry the failed write at exit, and report the error again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, sys.stdout.fileno())
@@ -75,7 +75,7 @@ def _drop_stdout() -> None:
 
 
 def _message_of(error: click.ClickException) -> str:
-    """Return Click's message, with the command to call for help."""
+    """Return Click's message, followed by the command that shows help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     more = f" (see '{context.command_path} --help')" if context else ""
     return error.format_message().rstrip(".") + more
@@ -94,7 +94,7 @@ class _Help(click.HelpFormatter):
         super().__init__(indent_increment, width, max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Write a definition list with a limited first column."""
+        """Write a definition list. On a narrow terminal, the first column is at most a third of the width."""
         super().write_dl(
             rows, min(col_max, self.width // 3 if self.width < _CLICK_COLUMNS_MIN else col_max), col_spacing
         )

@@ -1,4 +1,4 @@
-"""Periodically updated text: redrawn in place on a terminal, else appended."""
+"""Text that is updated periodically. On a terminal, each text replaces the previous text; else, it is appended."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Screen", "clock", "draw_unknown", "show"]
 
 
 Ask = Callable[[], tuple[dict[str, Any], str]]
-"""Fetches a document of the service and its text form."""
+"""A function that fetches a document of the service. It returns the document and a text form of the document."""
 
 
 def show(ask: Ask, as_json: bool, *, interval_s: float | None = None) -> None:
-    """Show the result of ``ask`` once, or at each interval until Ctrl-C.
+    """Show the result of ``ask`` once. If ``interval_s`` is set, show a new result at each interval until Ctrl-C.
 
-    If the service is unreachable at the first request, the error is raised. If it becomes unreachable later, an error
-    message replaces the figures until the next reply.
+    If the service is unreachable at the first request, the error is raised. If the service becomes unreachable later,
+    an error message replaces the figures until the next reply.
     """
     if interval_s is not None:
         _watch(ask, as_json, interval_s)
@@ -61,7 +61,7 @@ def _watch(ask: Ask, as_json: bool, interval_s: float) -> None:
 
 
 def draw_unknown(screen: Screen, error: Unreachable, since: str, as_json: bool) -> None:
-    """Replace the figures by the error, or write it to stderr."""
+    """Show the error in place of the figures. If the screen does not redraw, write the error to stderr."""
     if screen.redraws and not as_json:
         screen.draw(f"Unknown since {since}: {one_line(error.message)}")
     else:
@@ -74,14 +74,14 @@ def clock() -> str:
 
 
 class Screen:
-    """Draws each text over the previous one; appends where stdout is not a terminal."""
+    """Draws each text over the previous text. If stdout is not a terminal, each text is appended."""
 
     def __init__(self) -> None:
         self.redraws = is_terminal()
         self._lines: list[str] = []
 
     def draw(self, text: str, note: str = "") -> None:
-        """Show a text in place of the previous one; the note appears only on a terminal."""
+        """Show a text in place of the previous text. The note appears only on a terminal."""
         if not self.redraws:
             write(f"\n{text}" if self._lines else text)
             self._lines = [text]
@@ -92,7 +92,10 @@ class Screen:
         self._lines = [click.unstyle(line) for line in lines]
 
     def _back(self) -> str:
-        """Return the sequence that moves to the start of the previous text, or clears the screen if it scrolled."""
+        """Return the sequence that moves the cursor to the start of the previous text.
+
+        If the previous text did not fit on the screen, return the sequence that clears the screen.
+        """
         columns, rows = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS, which is stale after a resize
         if len(self._lines) >= rows or any(len(line) > columns for line in self._lines):
             return "\x1b[2J\x1b[H"

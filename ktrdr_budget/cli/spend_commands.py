@@ -137,7 +137,10 @@ def _show(where: Service, answer: Answer, as_json: bool, describe: Callable[[Map
 
 
 def _reserved(hold: Mapping[str, Any]) -> str:
-    """Describe a hold: ``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; for a replay, the state."""
+    """Describe a new hold: ``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``.
+
+    For a replay, the text has the state of the hold instead of the deadline.
+    """
     if not hold["replayed"]:
         return one_line(f"Reserved {hold['id']}: {_amounts(hold['amounts'])}; expires {hold['expires_at']}")
     return one_line(f"Replayed {hold['id']}: {_amounts(hold['amounts'])}; {hold['state']}")

@@ -76,7 +76,12 @@ def _show(reports: Sequence[WindowReport], as_json: bool) -> None:
 
 
 def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
-    """Repeat the check until a signal; fail if in any check a window did not add up, or if the last check failed."""
+    """Repeat the check until Ctrl-C or SIGTERM.
+
+    Raises:
+        CommandError: a window did not add up in at least one check.
+        Unreachable: the store was unreachable at the first check, or at the last check if all windows added up.
+    """
     ever_failed: set[str] = set()
     before: dict[str, str] = {}
     unknown: Unreachable | None = None
@@ -106,7 +111,7 @@ def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
 
 
 def _report(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: bool) -> dict[str, str]:
-    """Write a line per window with a changed result, and a summary; return the results."""
+    """Write a line for each window whose result has changed, and a summary. Return the results by window."""
     results = {report.window_key: _result(report) for report in reports}
     if as_json:
         write_json(_documents(reports), compact=True)
@@ -127,7 +132,7 @@ def _report(reports: Sequence[WindowReport], before: Mapping[str, str], as_json:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make SIGTERM end the command like Ctrl-C."""
+    """Handle SIGTERM like Ctrl-C during the block."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -218,7 +223,7 @@ def _embedded_url(data_dir: str) -> str:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Convert an error of the store to a command error of one line with masked passwords."""
+    """Convert an error of the store to a command error. Its message is one line, and passwords are masked."""
     try:
         yield
     except InvalidArgument as error:
@@ -253,7 +258,7 @@ def _documents(reports: Sequence[WindowReport]) -> dict[str, Any]:
 
 
 def _document(report: WindowReport) -> dict[str, Any]:
-    """Return one window; money as decimal strings, as in the API."""
+    """Return the JSON document of a window. Money is a decimal string, as in the API."""
     amounts = {name: None if report.fault else _plain(units, report.unit) for name, units in _sums(report).items()}
     names = {"budget": report.budget, "window": report.window, "unit": None if report.fault else report.unit}
     fault = {"fault": report.fault} if report.fault else {}

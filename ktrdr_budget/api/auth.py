@@ -3,7 +3,7 @@
 ==================  =============================================================================================
 keys that are set   access
 ==================  =============================================================================================
-none                callers on this machine: everything; others: nothing (unless ``open_to_all``)
+none                callers on this machine: everything; other callers: nothing, or everything if ``open_to_all``
 use                 the use key: everything except admin operations, which are refused
 admin               the admin key: everything
 both                the use key: everything except admin operations; the admin key: everything
@@ -45,7 +45,7 @@ class Keys:
     Args:
         use: keys that may use budgets.
         admin: keys that may do everything.
-        open_to_all: if there are no keys, serve callers on other machines, too.
+        open_to_all: if there are no keys, serve callers on all machines. Default: only callers on this machine.
     """
 
     def __init__(self, use: Iterable[str] = (), admin: Iterable[str] = (), *, open_to_all: bool = False) -> None:
@@ -88,7 +88,7 @@ class Keys:
         scheme, _, key = connection.headers.get("authorization", "").encode("latin-1").partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else b""
         found = None
-        for known, caller in self._callers:  # compare all keys: the time must not depend on the matching one
+        for known, caller in self._callers:  # compare with all keys, so that the time does not show which key matches
             if hmac.compare_digest(known, key):
                 found = caller
         if found is None:
@@ -125,7 +125,7 @@ _ANONYMOUS = Caller("http", True)
 
 
 def _owner(key: str) -> str:
-    """The owner's name in holds: a short hash of the key, which does not reveal it."""
+    """The name of the key's owner in holds: a short hash of the key. The hash does not reveal the key."""
     return f"http-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 

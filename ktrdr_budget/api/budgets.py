@@ -55,12 +55,12 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
 
     @router.get(f"{BUDGET}/holds", dependencies=use, response_model=HoldsPage, responses=problems(404, 409, 422))
     async def list_holds(name: BudgetName, query: Annotated[PageQuery, Query()]) -> Page[HoldView]:
-        """List the holds of a budget: first open, then unconfirmed holds, each newest deadline first."""
+        """List the open holds of a budget, then its unconfirmed holds. Both lists start with the latest deadline."""
         return await service.limiter.holds(name, limit=query.limit, cursor=query.cursor)
 
     @router.get(f"{BUDGET}/ledger", dependencies=use, response_model=LedgerPage, responses=problems(404, 409, 422))
     async def list_ledger(name: BudgetName, query: Annotated[LedgerQuery, Query()]) -> Page[LedgerEntry]:
-        """List the entries of a window, newest first. The sum of the entries is spent + unconfirmed."""
+        """List the ledger entries of a window, newest first. The sum of all entries is spent + unconfirmed."""
         return await service.limiter.ledger(name, query.window, limit=query.limit, cursor=query.cursor)
 
     @router.put(f"{BUDGET}/limit", dependencies=admin, response_model=BudgetOut, responses=problems(404, 409, 413, 422))
@@ -88,10 +88,10 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
         responses=problems(404, 413, 422),
     )
     async def migrate(name: BudgetName) -> Migration:
-        """Replace the registered unit, kind, period and timezone of a budget by those of this service.
+        """Replace the registered definition of a budget by the definition of this service.
 
-        All replicas apply the new definition with their next call. Open holds are settled in the windows in which they
-        were reserved.
+        A definition is the unit, kind, period and timezone of a budget. All replicas apply the new definition with
+        their next call. An open hold is settled in the window in which it was reserved.
         """
         return await service.limiter.migrate(name)
 

@@ -76,7 +76,9 @@ def hold_budget(
     on_error: OnError = "release",
     operation: str | None = None,
 ) -> Callable[[HTTPConnection], AsyncIterator[Any]]:
-    """Make a dependency that holds an estimate while a route runs, and passes it the hold. Also for WebSocket routes.
+    """Make a dependency that holds an estimate while a route runs. The value of the dependency is the hold.
+
+    The route may be a WebSocket route.
 
     If a budget has no room, the route does not run, and the response is a problem document with status 429. If a call
     inside the route is denied, the response is the same. If the store is unreachable, the response has status 503.
@@ -90,9 +92,10 @@ def hold_budget(
     able to avoid the charge.
 
     Args:
-        budget: a name with ``estimate``, or a mapping of names to estimates.
-        limiter: an :class:`AsyncBudgetLimiter` of the app's event loop for routes of ``async def``, or a
-            :class:`BudgetLimiter` for routes of ``def``, or a function of the request (or WebSocket) that returns a
+        budget: the name of a budget, or a mapping of names to estimates.
+        estimate: the amount to hold, if ``budget`` is a name.
+        limiter: for an ``async def`` route, an :class:`AsyncBudgetLimiter` of the app's event loop; for a ``def``
+            route, a :class:`BudgetLimiter`. A function is called with the request (or WebSocket), and must return a
             limiter. With a :class:`BudgetLimiter`, the hold is a :class:`~ktrdr_budget.sync.Hold`, and a guarded sync
             client inside the route draws from the hold.
             Default: the argument of :func:`~ktrdr_budget.metering.decorators.set_default_limiter` for async code, or
@@ -160,7 +163,7 @@ async def _reserved(
     on_error: OnError,
     options: Mapping[str, Any],
 ) -> tuple[Any, AbstractAsyncContextManager[Any]]:
-    """Reserve the estimate; return the hold and the context manager that settles the hold."""
+    """Reserve the estimate. Return the hold and the context manager that settles the hold."""
     if isinstance(limiter, AsyncBudgetLimiter):
         hold = await limiter.reserve(budget, estimate, **options)
         return hold, limiter.keep(hold, on_error=on_error)
@@ -212,7 +215,7 @@ def _refused(connection: HTTPConnection, error: BudgetError, limiter: Limiter) -
 
 
 def _handle_problems(connection: HTTPConnection) -> None:
-    """Make the app reply with problem documents, unless it has a handler.
+    """Make the app reply with problem documents, unless the app has a handler for :class:`BudgetProblem`.
 
     Starlette keeps the handlers of an app in the scope of the request. If a later version does not, Starlette's handler
     for ``HTTPException`` still replies with the same status and headers.

@@ -138,7 +138,7 @@ def no_such_endpoint(scope: Scope) -> HTTPProblem:
 
 
 def invalid(place: str, message: str, *path: str) -> RequestValidationError:
-    """The error for a value that only the limiter can check. Its form is that of a model's validation error."""
+    """The error for a value that only the limiter can check. It has the form of a validation error of a model."""
     return RequestValidationError([{"loc": (place, *path), "msg": message, "type": "value_error"}])
 
 

@@ -512,7 +512,7 @@ class ReservationOut(ResponseModel):
 
 
 class HoldsPage(ResponseModel):
-    """First open, then unconfirmed holds, each newest deadline first."""
+    """Open holds, then unconfirmed holds. Both start with the latest deadline."""
 
     holds: list[ReservationOut] = Field(validation_alias="items")
     next_cursor: str | None
@@ -591,7 +591,7 @@ class ErrorOut(BaseModel):
 
 
 class InvalidProblem(Problem):
-    """An invalid request. `errors` has the invalid values, unless only the limiter rejected the request."""
+    """An invalid request. `errors`, if present, has the invalid values."""
 
     errors: list[ErrorOut] | None = None
 

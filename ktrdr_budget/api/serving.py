@@ -41,7 +41,7 @@ KEEP_ALIVE_S = 75
 """Longer than proxies keep idle connections, so that the service closes no connection that a proxy may use."""
 GRACE_S = 10
 SILENT_MAX_S = 30
-"""Seconds without a reply after which the supervisor replaces a worker. A start on a busy machine takes several."""
+"""Seconds after which the supervisor replaces a silent worker. On a busy machine, a worker needs seconds to start."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -65,8 +65,8 @@ def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings:
     """Serve until SIGINT or SIGTERM, then finish the requests in flight and return.
 
     Args:
-        host: the address to listen on; if there are no keys, a loopback address, unless ``KTRDR_AUTH=none``.
-        port: the TCP port; 0 selects a free port.
+        host: the address to listen on. Without keys, only a loopback address is valid, unless ``KTRDR_AUTH=none``.
+        port: the TCP port. 0 selects a free port.
         workers: the number of processes that share the port.
         settings: the settings of the service. Default: read from the environment.
 
@@ -144,7 +144,7 @@ def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
 
 
 def _report_startup(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
-    # The report warns by itself; without a handler, Python would print the limiter's own log lines, too.
+    # The report has its own warnings. Without a handler, Python would print the log lines of the limiter, too.
     logging.getLogger("ktrdr_budget").addHandler(logging.NullHandler())
 
     async def report() -> None:
@@ -195,7 +195,7 @@ def _config(settings: Settings, workers: int) -> uvicorn.Config:
 
 
 def worker_app(settings: Settings) -> FastAPI:
-    """Create the app of a worker process, and tune garbage collection for it.
+    """Create the app of a worker process, and tune garbage collection for the process.
 
     With the defaults of Python, a busy service spends a fifth of its time on collections: the objects of concurrent
     requests still exist after several collections, and each full collection visits all modules.
@@ -262,7 +262,7 @@ class _Stopper:
 
     @contextlib.contextmanager
     def interrupting(self, end: Callable[[], object]) -> Iterator[None]:
-        """Call ``end`` on a signal during the block."""
+        """Call ``end`` if a signal arrives during the block."""
         self._end = end
         try:
             self.check()
@@ -274,7 +274,7 @@ class _Stopper:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[_Stopper]:
-    """Exit normally on a signal that arrives before the server handles signals."""
+    """If a signal arrives before the server handles signals, end the block without an error."""
     stopper = _Stopper()
     if threading.current_thread() is not threading.main_thread():
         yield stopper

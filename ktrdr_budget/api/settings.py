@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     on_store_error: Literal["deny", "allow", "lease"] = "deny"
     """The policy while the store is unreachable: deny, admit unchecked and record later, or admit from leases."""
     lease_slab: str | None = None
-    """The prepaid amount under ``lease``: dollars for each budget in dollars, or several ``name=amount``."""
+    """The amount that a lease prepays: dollars for each budget in dollars, or several ``name=amount``."""
     durability: Literal["memory", "replica", "disk"] = "memory"
     """Where a write must be before it is acknowledged: in the server's memory, on a replica, or on the disk."""
     max_holds: int = Field(default=MAX_HOLDS, ge=1)
@@ -211,7 +211,7 @@ def load_settings() -> Settings:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first error with its environment variable, but without the value, which may be a secret."""
+    """The first error, with the name of the environment variable. The value is left out: it may be a secret."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:

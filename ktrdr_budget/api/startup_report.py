@@ -46,7 +46,7 @@ async def startup_report(settings: Settings, limiter: AsyncBudgetLimiter) -> Asy
 
 
 def budget_line(budget: Budget) -> str:
-    """``budget agent: $5.00 a day (UTC)``."""
+    """A line such as ``budget agent: $5.00 a day (UTC)``."""
     units = budget.limit_units
     limit = format_amount(None if units is None else from_units(units, budget.unit), budget.unit)
     timezone = f" ({budget.timezone})" if budget.period in ("day", "week", "month") else ""
@@ -56,7 +56,7 @@ def budget_line(budget: Budget) -> str:
 
 
 def _warning(status: Status) -> str | None:
-    """Warn of a run-time limit that overrides the configured one."""
+    """A warning if a run-time limit overrides the configured limit, else ``None``."""
     if status.limit_source != "runtime" or status.limit == status.configured_limit:
         return None
     name, limit = status.budget, format_amount(status.limit, status.unit)

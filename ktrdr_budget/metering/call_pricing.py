@@ -17,7 +17,9 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 class CallPricing:
-    """Prices of a call with fixed bounds, all for the time of its reservation.
+    """Prices one call whose usage has fixed upper bounds.
+
+    Every price is the one in force at the time of the call's reservation.
 
     Args:
         at: the time of the reservation, as an aware datetime.
@@ -50,7 +52,7 @@ class CallPricing:
         """The highest cost within the bounds."""
 
     def cost(self, usage: Usage) -> Cost | None:
-        """The cost of a usage; ``None`` (and a log line) if the pricer cannot price it."""
+        """Return the cost of a usage. If the pricer fails, log the error and return ``None``."""
         try:
             return self._pricer.price(self._provider, self._model, usage, self._at)
         except Exception as error:
@@ -58,11 +60,11 @@ class CallPricing:
             return None
 
     def with_input_bound(self, usage: Usage) -> tuple[Usage, Cost]:
-        """Replace a missing input count by its upper bound.
+        """Replace a missing input count by its upper bound; return the completed usage and its cost.
 
-        Use this if a call breaks off before the provider has reported the input, which it bills all the same. The input
-        is priced at the most expensive rate, since it may have been written to a cache, and an unreported service tier
-        as the most expensive one.
+        Use this method if a call breaks off before the provider has reported the input: the provider bills the input
+        all the same. The input is priced at the most expensive rate, because it may have been written to a cache. If
+        neither the usage nor the request names a service tier, the most expensive tier is priced.
         """
         other = {name: count for name, count in usage.other.items() if not name.startswith("input_")}
         bounded = Usage(self._input_tokens_max, usage.output_tokens, service_tier=usage.service_tier, other=other)

@@ -40,19 +40,26 @@ def budgeted(
     on_error: OnError = "release",
     operation: str | None = None,
 ) -> Callable[[Function], Function]:
-    """Hold an estimate while a sync or async function runs, and commit its cost.
+    """Reserve an estimate before a sync or async function runs, and commit the function's cost after it.
 
-    The cost is the value of ``cost(result)``; else the accrued amount, from metered or guarded calls inside the
-    function or from ``current_hold().accrue("0.03")``; else the estimate. If the function raises, the accrued amount is
-    committed, or the hold is released if nothing was accrued.
+    The cost is the first of these:
+
+    - the value of ``cost(result)``, if ``cost`` is set;
+    - the accrued amount, if the function accrued any by metered or guarded calls, or by
+      ``current_hold().accrue("0.03")``;
+    - the estimate.
+
+    If the function raises, the accrued amount is committed. If nothing was accrued, the hold is released, or charged if
+    ``on_error`` is ``charge``.
 
     Args:
-        budget: a name with ``estimate``, or a mapping of names to estimates.
-        estimate: dollars or a count, or a function that computes it from the same arguments.
-        cost: computes the cost from the function's result, as an amount or a mapping.
+        budget: the name of one budget, or a mapping of budget names to estimates.
+        estimate: dollars or a count, or a function that computes the estimate from the arguments of the decorated
+            function. Omit ``estimate`` if ``budget`` is a mapping.
+        cost: a function that computes the cost, an amount or a mapping, from the decorated function's result.
         limiter: an :class:`AsyncBudgetLimiter` for async functions, a :class:`BudgetLimiter` for sync functions, or a
-            function that returns it; by default the limiter of :func:`set_default_limiter`, or one created from the
-            environment.
+            function that returns such a limiter. By default, the limiter of :func:`set_default_limiter` is used; if
+            none is set, a limiter is created from the environment.
         operation: a label for the ledger; by default the function's name.
         ttl, on_expiry, on_error: as for ``limiter.hold(...)``.
 
@@ -116,7 +123,9 @@ def budgeted(
 
 
 def current_hold() -> AsyncHold | Hold:
-    """The innermost hold around this task or thread, from ``limiter.hold(...)``, ``@budgeted`` or ``hold_budget``.
+    """Return the innermost hold around the calling code.
+
+    The hold was opened by ``limiter.hold(...)``, ``@budgeted`` or ``hold_budget``.
 
     Raises:
         InvalidArgument: no hold is open here.
@@ -135,9 +144,10 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _cost_to_commit(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:
-    """The cost of a result; ``None`` if it was accrued, because calls inside the hold (streams) are in progress.
+    """Return the cost of a result, or ``None`` if the cost was accrued instead.
 
-    If ``cost`` fails, the estimate is accrued, because the work is done.
+    The cost is accrued if calls inside the hold, such as streams, are still in progress. If ``cost`` raises an error,
+    the estimate is accrued, because the work is done.
     """
     try:
         amounts = cost(result)

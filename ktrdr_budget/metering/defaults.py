@@ -1,4 +1,4 @@
-"""Default limiters, for callers that pass none: set by the program, or created from the environment."""
+"""Default limiters for callers that pass no limiter. The program sets them, or the environment configures them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["default_async_limiter", "default_limiter", "set_default_limiter"]
 _async_limiter: AsyncBudgetLimiter | None = None
 _limiter: BudgetLimiter | None = None
 loop_limiters: dict[asyncio.AbstractEventLoop, tuple[AsyncBudgetLimiter, asyncio.Task[None]]] = {}
-"""Limiters created from the environment, and the tasks that close them, by running event loop."""
+"""For each running event loop: the limiter created from the environment, and the task that closes that limiter."""
 
 
 def set_default_limiter(limiter: AsyncBudgetLimiter | BudgetLimiter | None) -> None:
     """Set the default limiter of async code or of sync code, depending on the type of ``limiter``.
 
     Args:
-        limiter: ``None`` clears both defaults: limiters are then created from the environment, as for
-            :class:`~ktrdr_budget.tracker.BudgetTracker`.
+        limiter: the new default. ``None`` clears both defaults: default limiters are then created from the
+            environment, as for :class:`~ktrdr_budget.tracker.BudgetTracker`.
 
     Raises:
         InvalidArgument: ``limiter`` is not a limiter.
@@ -40,14 +40,18 @@ def set_default_limiter(limiter: AsyncBudgetLimiter | BudgetLimiter | None) -> N
 
 
 def default_limiter() -> BudgetLimiter:
-    """The default limiter of sync code, or the limiter of :func:`~ktrdr_budget.tracker.get_budget_tracker`."""
+    """Return the default limiter of sync code.
+
+    If none is set, return the limiter of :func:`~ktrdr_budget.tracker.get_budget_tracker`.
+    """
     return get_budget_tracker().limiter if _limiter is None else _limiter
 
 
 def default_async_limiter() -> AsyncBudgetLimiter:
-    """The default limiter of async code, or a limiter of the running event loop, created from the environment.
+    """Return the default limiter of async code.
 
-    The latter closes when the loop cancels its tasks, as ``asyncio.run`` does at its end.
+    If none is set, each running event loop gets a limiter of its own, created from the environment. That limiter closes
+    when the event loop cancels its tasks, as ``asyncio.run`` does at its end.
 
     Raises:
         InvalidArgument: a setting of the environment is invalid.

@@ -1,7 +1,8 @@
 """Flows written once for sync and async callers: generators that yield actions and receive the results.
 
-A driver runs (or awaits) each action, and sends its result or throws its exception into the generator. Cancellation is
-thrown in as well, so a ``finally`` block may yield further actions.
+An action is a function without arguments. A driver (:func:`drive` or :func:`drive_sync`) runs each action, and sends
+the action's result into the generator, or throws the action's exception into the generator. A cancellation is thrown
+into the generator too, so a ``finally`` block can yield further actions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __all__ = ["DualFlow", "drive", "drive_sync"]
 Result = TypeVar("Result")
 Action = Callable[[], Any]
 DualFlow = Generator[Action, Any, Result]
-"""Yields functions without arguments; receives their results (awaited by :func:`drive`), or their exceptions."""
+"""The type of a flow: a generator that yields actions and receives their results or exceptions."""
 
 
 async def drive(flow: DualFlow[Result]) -> Result:

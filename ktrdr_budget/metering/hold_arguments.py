@@ -1,4 +1,4 @@
-"""Validation of the arguments of ``@budgeted`` and ``hold_budget``, at definition instead of at the first call."""
+"""Validation of the arguments of ``@budgeted`` and ``hold_budget`` when they are used, before the first call."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def check_hold_arguments(
 
     Args:
         budget: a name, or a mapping of names to estimates.
-        estimate: an amount; ``None`` for a mapping.
-        computed: allow a function as the estimate, evaluated at each call.
-        limiter: checked for the budgets, unless it is a function or ``None``.
+        estimate: an amount; ``None`` if ``budget`` is a mapping.
+        computed: whether ``estimate`` may be a function, which computes the estimate at each call.
+        limiter: the limiter that must have the budgets; not checked if it is a function or ``None``.
 
     Raises:
         InvalidArgument: an argument is invalid.
@@ -86,7 +86,7 @@ def check_callable(function: object, parameter: str, arguments: Sequence[str] | 
 
     Args:
         parameter: the name of the parameter, for the error.
-        arguments: the names of the positional arguments; ``None`` if they are unknown.
+        arguments: the names of the positional arguments. If ``None``, the arguments are unknown and are not checked.
 
     Raises:
         InvalidArgument: the function does not accept the arguments, or is a coroutine function.
@@ -107,7 +107,7 @@ def check_limiter_source(limiter: object, arguments: Sequence[str]) -> None:
     """Check that ``limiter`` is a limiter, a function that returns one, or ``None``.
 
     Raises:
-        InvalidArgument: it is none of these, or a class.
+        InvalidArgument: ``limiter`` is none of these, or is a class.
     """
     if limiter is None or isinstance(limiter, Limiter):
         return

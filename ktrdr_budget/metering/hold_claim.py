@@ -1,8 +1,11 @@
-"""Calls inside a hold: each claims its worst case from the hold, and accrues its cost there.
+"""Claims of calls on the hold in whose block the calls run.
 
-Invariant, for every budget of the hold and any number of tasks or threads: ``accrued + claimed <= reserved``. A claim
-that does not fit grows the hold first. Only a cost above the call's worst case can break the invariant: spent money is
-recorded in any case.
+To claim is to set a part of the hold aside for one call. Each call claims its worst case, and accrues its cost on the
+hold.
+
+Invariant, for every budget of the hold and any number of tasks or threads: ``accrued + claimed <= reserved``. If a
+claim does not fit, the hold grows first. Only a cost above the call's worst case can break the invariant, because spent
+money is recorded in any case.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from ktrdr_budget.money import AmountIn, from_units
 __all__ = ["BlockExit", "HoldClaim", "claimable_hold"]
 
 BlockExit = tuple[bool, OnError, Callable[[], object]]
-"""How a hold's block ended: whether it failed, the hold's ``on_error``, and the function that stops its heartbeats."""
+"""How the block of a hold ended: whether the block failed, the hold's ``on_error``, and the function that stops the
+hold's heartbeats."""
 
 
 def claimable_hold(limiter: object) -> HoldBase | None:
-    """The hold from which a call of this limiter claims now: the innermost one, if it is still open to new calls."""
+    """Return the hold from which a new call of this limiter must claim; ``None`` if the call needs its own reservation.
+
+    This is the innermost hold around the calling code, if the limiter granted it and it is open to new calls.
+    """
     hold = current_hold.get()
     if hold is None or hold.settled or hold.settling or not hold.belongs_to(limiter):
         return None
@@ -38,7 +45,7 @@ def claimable_hold(limiter: object) -> HoldBase | None:
 class _SharedClaims:
     """State shared by all claims on one hold.
 
-    Claims grow the hold one at a time, so that a denial reaches only the call that was too large.
+    Only one claim at a time grows the hold. So a denial affects only the call whose worst case is too large.
     """
 
     __slots__ = ("closed", "failures", "left", "lock", "open", "wanted")
@@ -48,13 +55,13 @@ class _SharedClaims:
         """The claim for which the hold is growing now."""
         self.lock: Any = asyncio.Lock() if isinstance(hold, AsyncHold) else threading.Lock()
         self.failures = 0
-        """Growths without a reply from the store."""
+        """Number of growths of the hold that had no reply from the store."""
         self.open = 0
-        """Calls in progress."""
+        """Number of calls in progress."""
         self.left: BlockExit | None = None
-        """Set when the hold's block ends while calls are in progress: the last of them settles the hold."""
+        """Set if the hold's block ends while calls are in progress. The last of these calls then settles the hold."""
         self.closed = False
-        """The last call is settling the hold: no further claims."""
+        """Whether the last call is settling the hold, so that no further call can claim."""
 
 
 class HoldClaim:
@@ -79,7 +86,7 @@ class HoldClaim:
         return self._hold
 
     def claim(self) -> DualFlow[None]:
-        """Claim the worst case; grow the hold if it does not fit.
+        """Claim the call's worst case. If it does not fit, grow the hold first.
 
         Raises:
             BudgetExceeded: the hold cannot grow far enough; nothing is claimed.
@@ -149,10 +156,12 @@ class HoldClaim:
         return missing
 
     def use(self, used: Mapping[str, int], *, final: bool = False) -> dict[str, int]:
-        """Accrue the call's total usage; keep the rest of its worst case claimed, unless this usage is final.
+        """Accrue the call's total usage so far.
+
+        The rest of the call's worst case stays claimed. If ``final`` is true, nothing stays claimed.
 
         Returns:
-            The units that could not be accrued, because the hold was settled in the meantime.
+            The units, per budget, that could not be accrued, because the hold was settled in the meantime.
         """
         hold = self._hold
         with hold.lock:
@@ -169,7 +178,8 @@ class HoldClaim:
         """Drop the claim, whether or not the call began.
 
         Returns:
-            How the hold's block ended, if it has ended and this was the last call in progress: the caller settles it.
+            How the hold's block ended, if the block has ended and this was the last call in progress. The caller must
+            then settle the hold. Otherwise ``None``.
         """
         with self._hold.lock:
             self._set_claimed({})

@@ -1,7 +1,7 @@
 """A span and metrics for each call, by the GenAI semantic conventions of OpenTelemetry, without prompts or answers.
 
-Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Nothing is recorded, and
-OpenTelemetry is not imported, unless the process has loaded and configured it.
+Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Spans are
+recorded only if the process has set a tracer provider, and metrics only if it has set a meter provider.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["CallInstruments", "charged_tokens"]
 
 charged_tokens: ContextVar[Callable[[int], None] | None] = ContextVar("ktrdr_budget_charged_tokens", default=None)
-"""A callback for the calls that begin in this context: each call passes its charged tokens to it when it ends."""
+"""A callback for the calls that begin in this context. When a call ends, the callback receives its charged
+tokens."""
 
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
@@ -49,7 +50,7 @@ _PROVIDERS = {
     "mistral": "mistral_ai",
     "x-ai": "x_ai",
 }
-"""The conventions' names of providers, where they differ from the price list's."""
+"""The names of providers in the price list, and their names in the conventions if these differ."""
 
 TOKEN_BUCKETS = [float(4**power) for power in range(14)]
 DURATION_BUCKETS_S = [round(0.01 * 2**power, 2) for power in range(14)]
@@ -61,7 +62,7 @@ class CallInstruments:
     """The span and the measurements of one call, from before its reservation until it is settled.
 
     Args:
-        current: make the span the current one; not for a call that may end in another context.
+        current: whether the call's span becomes the current span; false if the call may end in another context.
     """
 
     def __init__(self, operation: str, provider: str, model: str, budgets: Sequence[str], *, current: bool) -> None:
@@ -83,7 +84,7 @@ class CallInstruments:
         self._span.set_attributes({RESERVED: float(worst_case.amount), PRICE_SOURCE: worst_case.source})
 
     def denied(self, error: BaseException) -> None:
-        """End the span of a call that was not admitted; metrics count calls that were sent only."""
+        """End the span of a call that was not admitted. No metric counts the call, because it was not sent."""
         self._close(error)
 
     def ended(
@@ -142,14 +143,14 @@ class CallInstruments:
 
 
 def error_type(error: BaseException) -> str:
-    """The value of ``error.type``: the provider's name of an error in a stream, an HTTP status, or the class."""
+    """Return the value of ``error.type``: the provider's name of the error, else the HTTP status, else the class."""
     name = getattr(error, "error_type", None)
     status = getattr(error, "status_code", None)
     return name if isinstance(name, str) else str(status) if isinstance(status, int) else type(error).__qualname__
 
 
 def _count_charged_tokens(usage: Usage | None, cost: Cost | None, worst_case: Cost | None) -> int:
-    """The charged tokens: the reported ones, or those of the worst case."""
+    """Return the charged tokens: those of the usage, or those of the worst case if the worst case was charged."""
     if cost is None:
         return 0
     charged = sum(line.count for line in cost.lines if line.name.startswith(("input", "output", "cache")))

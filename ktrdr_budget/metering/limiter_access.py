@@ -1,4 +1,4 @@
-"""Internal operations of a limiter that metering needs: one signature for sync and async limiters.
+"""Internal operations of a limiter that metering needs, with one signature for sync and async limiters.
 
 Functions that reach the store return the result for a :class:`BudgetLimiter`, and an awaitable for an
 :class:`AsyncBudgetLimiter`.
@@ -25,17 +25,17 @@ def store_time(limiter: Any) -> datetime:
 
 
 def commit(limiter: Any, hold: HoldBase, amounts: Mapping[str, AmountIn]) -> Any:
-    """Commit a hold whose caller cannot retry: if the store does not reply, the limiter resends the commit later."""
+    """Commit a hold. If the store does not reply, the limiter resends the commit later; the caller need not retry."""
     return _settle(limiter, settlements.commit(limiter.engine.context, hold, amounts), "commit")
 
 
 def release(limiter: Any, hold: HoldBase) -> Any:
-    """Release a hold, resent like :func:`commit`."""
+    """Release a hold. If the store does not reply, the limiter resends the release later."""
     return _settle(limiter, settlements.release(limiter.engine.context, hold), "release")
 
 
 def record(limiter: Any, amounts: Mapping[str, AmountIn], label: str) -> Any:
-    """Record spend without a reservation, resent like :func:`commit`."""
+    """Record spend without a reservation. If the store does not reply, the limiter resends the record later."""
     return _settle(limiter, settlements.record(limiter.engine.context, amounts, None, None, label), "record")
 
 
@@ -44,10 +44,10 @@ def _settle(limiter: Any, flow: Any, operation: str) -> Any:
 
 
 def leave_hold(limiter: Any, hold: HoldBase, block_exit: BlockExit) -> Any:
-    """Settle a hold whose block has ended, as leaving ``limiter.hold(...)`` does."""
+    """Settle a hold whose block has ended, as the end of a ``limiter.hold(...)`` block does."""
     return limiter.leave(hold, *block_exit)
 
 
 def start_heartbeat(limiter: Any, hold: HoldBase) -> Callable[[], object]:
-    """Extend a hold regularly, as ``limiter.hold(...)`` does; return the function that stops it."""
+    """Start to extend a hold regularly, as ``limiter.hold(...)`` does; return a function that stops the extensions."""
     return limiter.engine.runner.start_heartbeat(hold)  # type: ignore[no-any-return]

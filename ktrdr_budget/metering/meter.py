@@ -18,17 +18,19 @@ _NOTHING: Mapping[str, int] = {}
 
 
 class Meter:
-    """Keep the calls of language models below the cap of their budgets. Safe to share between tasks or threads.
+    """Keeps the cost of language model calls below the caps of budgets.
 
-    Use ``async with meter.call(...)`` with an :class:`AsyncBudgetLimiter`, ``with meter.call(...)`` with a
-    :class:`BudgetLimiter`. A call inside ``limiter.hold(...)`` claims its worst case from that hold, for the budgets
+    Tasks or threads can share a meter. Use ``async with meter.call(...)`` with an :class:`AsyncBudgetLimiter`, and
+    ``with meter.call(...)`` with a :class:`BudgetLimiter`.
+
+    A call inside ``limiter.hold(...)`` claims its worst case from that hold, for the budgets
     that the hold covers, and grows the hold if needed.
 
     Args:
         budgets: the budgets charged by each call: dollars, ``tokens`` (input and output), ``requests`` (1 per call),
             and budgets of kind ``slots`` (1 while the call lasts).
         pricer: the source of prices; by default :meth:`Prices.from_environment`.
-        ttl: seconds until the reservation of a dead worker expires; heartbeats extend it while the call lasts.
+        ttl: seconds until the reservation of a dead worker expires; heartbeats extend the reservation during the call.
         on_expiry: the amount charged on expiry, as for :meth:`AsyncBudgetLimiter.reserve`.
 
     Raises:
@@ -88,21 +90,21 @@ class Meter:
         other_max: Mapping[str, int] = _NOTHING,
         current: bool = True,
     ) -> MeteredCall:
-        """Create a context manager for one call: entering reserves its worst case, leaving settles it.
+        """Create a context manager for one call. Entering it reserves the worst case; leaving it settles the call.
 
         Args:
             provider: the provider's name in the price list: ``anthropic``, ``openai``, ``google``, …
             input_tokens_max: an upper bound of the input tokens that the provider will count.
-            output_tokens_max: the output limit sent with the request, reasoning included.
+            output_tokens_max: the output limit that the request sets. It includes reasoning tokens.
             operation: the operation, as OpenTelemetry names it: ``chat``, ``embeddings``, …
-            service_tier: the tier that the request names; ``None`` if the provider chooses, in which case its most
-                expensive tier is reserved.
+            service_tier: the tier that the request names. If ``None``, the provider chooses the tier, and the price of
+                the most expensive tier is reserved.
             other_max: upper bounds of billed units other than tokens, such as ``{"web_searches": 5}``.
             current: whether the call's span is the current span while the call lasts. Pass ``False`` if the call may
                 end in another task than it began in, as a stream may.
 
         Raises:
-            InvalidArgument: an argument is invalid. Entering raises the other errors, see :class:`MeteredCall`.
+            InvalidArgument: an argument is invalid. For the errors on entering, see :class:`MeteredCall`.
         """
         return MeteredCall(
             self._terms,

@@ -1,4 +1,7 @@
-"""One call of a language model, sync or async: reserved before it, reported while it runs, settled after it.
+"""One call of a language model, sync or async.
+
+The worst case is reserved before the call. Usage is reported while the call runs. After the call, the call is settled:
+its cost is committed, or its reservation is released or kept.
 
 ::
 
@@ -72,25 +75,26 @@ class CallTerms:
         return {name: from_units(count, self.units[name]) for name, count in units.items()}
 
     def without_slots(self, units: Mapping[str, int]) -> dict[str, int]:
-        """The units that count as spent: slots are only held."""
+        """Set the units of slots to 0, because slots are held and never spent."""
         return {name: 0 if self.units[name] == "slots" else count for name, count in units.items()}
 
 
 class MeteredCall:
-    """A context manager made by :meth:`Meter.call`; used with ``async with`` or ``with``, once.
+    """The context manager of one call, created by :meth:`Meter.call`. It can be used once.
 
-    Entering reserves the worst case. Leaving settles:
+    Entering reserves the worst case. Leaving settles the call:
 
-    - after :meth:`finish`: commits the cost of the provider's figures, exactly;
-    - after :meth:`unreported`: commits the worst case, marked ``estimated``;
-    - after :meth:`rejected`: releases;
-    - after :meth:`unknown`, or on an error without any report: keeps the reservation, which expires and is charged
-      (inside a hold: accrues the worst case, marked ``estimated``);
-    - otherwise commits the latest report, including at least the input, marked ``estimated``; without any report, the
-      worst case.
+    - after :meth:`finish`: commits the exact cost of the provider's figures.
+    - after :meth:`unreported`: commits the worst case, marked ``estimated`` in the ledger.
+    - after :meth:`rejected`: releases the reservation.
+    - after :meth:`unknown`, or on an error without any report: keeps the reservation, which expires and is charged.
+      Inside a hold, the worst case is accrued on that hold instead, marked ``estimated``.
+    - otherwise: commits the cost of the latest report, marked ``estimated``. If the report has no input, the upper
+      bound of the input is added. If there is no report, the worst case is committed.
 
-    A settlement that fails is logged and not raised, because the caller has already paid for an answer. The limiter
-    resends it once the store replies; until then the reservation stays, and is charged if it expires.
+    If the settlement fails, the error is logged and not raised, because the caller has already paid for an answer. The
+    limiter resends the settlement when the store replies again. Until then the reservation stays; if the reservation
+    expires, it is charged.
 
     Raises:
         BudgetExceeded: on entering: the worst case does not fit; nothing is held.
@@ -120,7 +124,7 @@ class MeteredCall:
         self.input_tokens_max = input_tokens_max
         self.output_tokens_max = output_tokens_max
         self.output_hint = ""
-        """The source of ``output_tokens_max`` and the way to lower it; part of the message if the call is denied."""
+        """Where ``output_tokens_max`` comes from, and how to lower it. The message of a denial contains this text."""
         self.worst_case: Cost | None = None
         """The highest possible cost; set on entering."""
         self.cost: Cost | None = None
@@ -130,7 +134,7 @@ class MeteredCall:
         self.estimated = False
         """Whether the committed amount is not the provider's final figure."""
         self.hold: HoldBase | None = None
-        """The call's own reservation, if it has one."""
+        """The call's own reservation; ``None`` before entering, or if an enclosing hold covers all its budgets."""
         self._service_tier = service_tier
         self._other_max = other_max
         self._current = current
@@ -150,7 +154,9 @@ class MeteredCall:
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self, usage: Usage) -> None:
-        """Report the total usage so far. It is accrued at once, and committed if the call breaks off.
+        """Report the total usage so far.
+
+        The cost of the usage is accrued at once. If the call breaks off, that cost is committed.
 
         Raises:
             InvalidArgument: the call's block has not begun, or has ended.
@@ -168,10 +174,10 @@ class MeteredCall:
             self._own = own
 
     def finish(self, usage: Usage) -> None:
-        """Report the provider's final usage. Leaving the block commits it, whatever was reported before.
+        """Report the provider's final usage. Leaving the block commits its cost; other reports have no effect.
 
-        A usage without input is not credible, unless the call can have none or something besides tokens is billed; it
-        then counts as :meth:`unreported`.
+        A usage without input is not credible, and counts as :meth:`unreported`. It is credible in two cases only:
+        ``input_tokens_max`` is 0, or the usage has other billed units.
 
         Raises:
             InvalidArgument: the call's block has not begun, or has ended.
@@ -184,7 +190,10 @@ class MeteredCall:
         self._set_usage(usage)
 
     def unreported(self) -> None:
-        """Report an answer without a credible usage: the worst case, or a higher earlier report, is charged."""
+        """Report an answer without a credible usage.
+
+        The worst case is charged, or the cost of an earlier report if that cost is higher.
+        """
         if self._is_final():
             return
         assert self.worst_case is not None
@@ -204,7 +213,7 @@ class MeteredCall:
             self._outcome = "unknown"
 
     def _is_final(self) -> bool:
-        """Whether :meth:`finish` was called; until then the latest report is used."""
+        """Whether :meth:`finish` was called. After it, other reports have no effect."""
         self._check_inside()
         return self._outcome == "finished"
 
@@ -251,7 +260,7 @@ class MeteredCall:
     # -- entering ------------------------------------------------------------------------------------------------------
 
     def enter_flow(self) -> DualFlow[None]:
-        """Reserve the worst case; errors as for the class."""
+        """Reserve the worst case. The errors are those of entering the call."""
         if self._instruments is not None:
             raise InvalidArgument("a call can be entered once only; create a new one")
         self._instruments = CallInstruments(
@@ -294,7 +303,7 @@ class MeteredCall:
         )
 
     def _admit(self) -> DualFlow[None]:
-        """Claim from the enclosing hold for the budgets that it covers; reserve for the others."""
+        """For budgets that the enclosing hold covers, claim from that hold. For the other budgets, reserve."""
         outer = claimable_hold(self._terms.limiter)
         covered = {window.budget for window, _ in outer.parts} if outer is not None else set()
         claimed = {name: units for name, units in self._worst.items() if name in covered}
@@ -320,10 +329,10 @@ class MeteredCall:
     # -- leaving -------------------------------------------------------------------------------------------------------
 
     def leave_flow(self, error: BaseException | None) -> DualFlow[None]:
-        """Settle the call, once.
+        """Settle the call. Repeated calls have no effect.
 
         Args:
-            error: the exception that ended the call.
+            error: the exception that ended the call; ``None`` without one.
         """
         if self._left or not self._entered:
             return
@@ -370,7 +379,10 @@ class MeteredCall:
                 yield from self._try(partial(limiter_access.record, self._terms.limiter, amounts, self._label))
 
     def _note_on(self, hold: HoldBase) -> None:
-        """Add this call to the hold's ledger label, which keeps the price source and ``estimated`` when truncated."""
+        """Add this call to the hold's label in the ledger.
+
+        The price source and ``estimated`` come first, because a label that is too long is cut at its end.
+        """
         assert self.worst_case is not None
         hold.note(self.worst_case.source, first=True)
         if self.estimated:
@@ -378,7 +390,7 @@ class MeteredCall:
         hold.note(self._name)
 
     def _close_claim(self, claim: HoldClaim) -> DualFlow[None]:
-        """Drop the claim; settle the hold if its block has ended and this was the last call in progress."""
+        """Drop the claim. If the hold's block has ended and this was the last call in progress, settle the hold."""
         block_exit = claim.close()
         if block_exit is not None:
             yield from self._try(partial(limiter_access.leave_hold, self._terms.limiter, claim.hold, block_exit))

@@ -54,18 +54,21 @@ class PriceList:
         return f"{source}+{snapshot.timestamp:%Y-%m-%dT%H:%M}" if snapshot.from_auto_update else source
 
     def find(self, provider: str | None, model: str) -> tuple[str, str] | None:
-        """The list's names of a provider and a model; the provider is inferred from the model if it is ``None``."""
+        """Return the list's names of a provider and a model; ``None`` if the model is not listed.
+
+        If ``provider`` is ``None``, the provider is inferred from the model's name.
+        """
         found = self._find(provider, model)
         return None if found is None else (found[0].id, found[1].id)
 
     def context_window(self, provider: str, model: str) -> int | None:
-        """The context window of a model in tokens, if listed."""
+        """The context window of a model in tokens; ``None`` if it is not listed."""
         found = self._find(provider, model)
         window = None if found is None else found[1].context_window
         return window if isinstance(window, int) else None
 
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
-        """The prices of a model at a time; ``None`` if it is not listed."""
+        """The prices of a model at a time; ``None`` if the model is not listed."""
         snapshot = self._snapshots.get_snapshot()
         key = (provider, model, service_tier, _minute(at))
         cached = self._cached.get(key)
@@ -80,8 +83,9 @@ class PriceList:
         """All prices at which a call may be billed; empty if the model is not listed.
 
         Args:
-            service_tier: the tier that the request names: a full tier passes calls on to the standard tier, so the
-                standard prices are included. ``None``: the provider chooses, so all tiers are included.
+            service_tier: the tier that the request names. The standard prices are included too, because a call that
+                finds its tier full is served by the standard tier. If ``None``, the provider chooses the tier, so the
+                prices of all tiers are included.
         """
         if service_tier is not None:
             found = [self.rates(provider, model, at, tier) for tier in ("", service_tier)]
@@ -121,7 +125,7 @@ class PriceList:
 
 
 def _minute(at: datetime) -> int:
-    """The minute of a time: listed prices change at whole minutes only, so a minute is a cache key."""
+    """Return the minute of a time, a cache key: listed prices change at whole minutes only."""
     return int(at.timestamp()) // 60
 
 
@@ -133,7 +137,10 @@ def _remember(cache: dict[Key, Value], key: Key, value: Value) -> Value:
 
 
 def _context(service_tier: str) -> dict[str, str] | None:
-    """The list's selector for a tier: it uses the name of the request parameter, which differs by provider."""
+    """Return the list's selector for a tier; ``None`` for the standard tier.
+
+    The selector contains the names that the request parameter for the tier has at the various providers.
+    """
     return dict.fromkeys(("service_tier", "speed", "processing"), service_tier) if service_tier else None
 
 

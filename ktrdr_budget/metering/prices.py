@@ -103,9 +103,9 @@ class Prices:
     """The default :class:`Pricer`.
 
     Args:
-        overrides: configured prices. An exact model name takes precedence over a prefix, a longer prefix over a shorter
-            one, and of equal names the last one.
-        fixed_cost: dollars per call of a model without a price; by default such models are refused.
+        overrides: configured prices. An exact model name takes precedence over a prefix, and a longer prefix over a
+            shorter one. If a name occurs twice, its last price applies.
+        fixed_cost: dollars per call of a model without a price. If ``None``, calls of such models are refused.
 
     Raises:
         InvalidArgument: a price is invalid.
@@ -159,11 +159,11 @@ class Prices:
 
     @property
     def fixed_cost(self) -> Cost | None:
-        """The cost of a call of a model without a price, if configured."""
+        """The fixed cost of each call of a model without a price; ``None`` if it is not configured."""
         return self._fixed
 
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
-        """The prices of a model at a time; ``None`` if it has none."""
+        """The prices of a model at a time; ``None`` if the model has no price."""
         configured = self._configured(provider, model)
         if configured is not None:
             return configured
@@ -196,7 +196,11 @@ class Prices:
         service_tier: str | None = None,
         other_max: Mapping[str, int] = _NOTHING,
     ) -> Cost:
-        """See :meth:`Pricer.worst_case`. Assumes the most expensive tier and input rate, cache writes included."""
+        """See :meth:`Pricer.worst_case`.
+
+        The most expensive tier that may bill the call is assumed, and its most expensive rate of input, including that
+        of cache writes.
+        """
         configured = self._configured(provider, model)
         candidates = (
             (configured,)
@@ -260,7 +264,7 @@ def _reason(error: Exception) -> str:
 
 
 def exact_price(price: AmountIn, name: str) -> Decimal:
-    """Convert a price in dollars exactly: it may have more decimals than a nano-dollar.
+    """Convert a price in dollars exactly. The price may have more decimals than a nano-dollar.
 
     Args:
         name: the name of the price, for the error.

@@ -31,11 +31,14 @@ _TOKENS_PER_PRICE = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A billed unit. If one unit has all dimensions of another and more, it is a part of the other."""
+    """A billed unit, such as input tokens.
+
+    A unit that has all dimensions of another unit and more is a part of that unit: cache reads are a part of the input.
+    """
 
     name: str
     per: int
-    """The quantity that a price is for."""
+    """How many of the units one price pays for, such as a million tokens."""
     dimensions: frozenset[tuple[str, str]]
     direction: str | None = field(init=False, repr=False, compare=False)
     """``input`` or ``output`` for tokens."""
@@ -112,7 +115,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class _TierPrice:
-    """The price of a unit in one context tier."""
+    """The price of a unit in one tier of input lengths."""
 
     start: int
     """The tier applies to calls with more input tokens than this."""
@@ -132,7 +135,7 @@ class Rates:
     """
 
     def __init__(self, rates: Iterable[Rate], source: str) -> None:
-        # Parts precede their whole: the rest of a whole, without its priced parts, is billed at the whole's price.
+        # Parts precede their whole: the parts are subtracted from a whole before the whole's price applies.
         self._rates = tuple(sorted(rates, key=lambda rate: -len(rate.unit.dimensions)))
         self.source = source
 

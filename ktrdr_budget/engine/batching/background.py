@@ -1,4 +1,4 @@
-"""Tasks, timers and batches of a limiter that belong to no call."""
+"""Tasks, timers and batches that belong to a limiter, but to none of its calls."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _REFUSES_EVERYTHING = re.compile(r"\b(OOM|NOPERM|NOAUTH|WRONGPASS|MISCONF|KTRDRS
 
 
 class DataLossPending(StoreUnavailable):
-    """A reply to a read cannot be used: the store has lost writes that replicas have not replayed yet."""
+    """The store has lost writes that replicas have not replayed yet, so the reply to a read cannot be used."""
 
 
 def refuses_everything(error: StoreError) -> bool:
-    """Whether an error concerns the whole store, and not one operation: it would refuse any batch now."""
+    """Whether an error concerns the whole store, so that the store would now refuse any batch."""
     return _REFUSES_EVERYTHING.search(str(error)) is not None
 
 
 class Background:
-    """The background tasks of one limiter, on one event loop; they end with the limiter.
+    """The background tasks of one limiter, on one event loop. The tasks end with the limiter.
 
     Args:
         timeout_s: how long to wait for the reply to a batch.
@@ -49,14 +49,14 @@ class Background:
         self.reset()
 
     def reset(self) -> None:
-        """Set the state without an event loop: at the start, and in the child after a fork."""
+        """Set the initial state, without an event loop; also in the child after a fork."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.closed = False
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop; ``None`` before its first use."""
+        """The event loop of the limiter; ``None`` before :meth:`bind` sets it."""
         return self._loop
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -69,19 +69,27 @@ class Background:
         return self._loop.time()
 
     def spawn(self, work: Any, context: contextvars.Context | None = None) -> None:
-        """Start a task in an empty context, so that its requests are not traced as a caller's; or in ``context``."""
+        """Start a task.
+
+        Args:
+            context: the context variables of the task. ``None``: an empty context, so that requests of the task are not
+                traced as requests of a caller.
+        """
         assert self._loop is not None
         task = self._loop.create_task(work, context=context or contextvars.Context())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     def soon(self, callback: Callable[[], None]) -> None:
-        """Call in the next turn of the event loop."""
+        """Call a function in the next turn of the event loop."""
         assert self._loop is not None
         self._loop.call_soon(callback)
 
     def later(self, delay_s: float, method: Callable[[], None]) -> asyncio.TimerHandle:
-        """Call a bound method later, unless its object was garbage collected: a timer must not keep a limiter alive."""
+        """Call a bound method after a delay.
+
+        The timer must not keep a limiter alive: if the object of the method was garbage collected, nothing is called.
+        """
         assert self._loop is not None
         return self._loop.call_later(delay_s, _call, weakref.WeakMethod(method))
 
@@ -91,7 +99,8 @@ class Background:
         """Send one batch that belongs to no caller.
 
         Args:
-            repairs: the batch replays lost data, and the store grants nothing until the replay is complete.
+            within_s: how long to wait for the reply; ``None``: the timeout of the limiter.
+            repairs: whether the operations replay data that the store has lost.
 
         Raises:
             the exceptions of :data:`NO_REPLY`.
@@ -105,16 +114,21 @@ class Background:
         return head, replies
 
     async def read(self, read: Read) -> tuple[ReadHead, Sequence[Any]]:
-        """Send one read; raises as :meth:`send`, or :class:`DataLossPending`."""
+        """Send one read, and return the reply.
+
+        Raises:
+            DataLossPending: the store has lost writes, so the reply cannot be used.
+            the exceptions of :data:`NO_REPLY`.
+        """
         header = self.state.header
         await self.store.open()
         return self.checked(read, header, await self.store.run(read, self.time() + self.timeout_s))
 
     def checked(self, read: Read, header: Header, reply: Any) -> tuple[ReadHead, Sequence[Any]]:
-        """Return the reply to a read if the store has lost no data; the one place that compares epochs.
+        """Check that the store has lost no data, and return the parsed reply to a read.
 
         Args:
-            header: this replica's state when it sent the read.
+            header: the state of this replica when the read was sent.
 
         Raises:
             DataLossPending: the store has lost writes, or other replicas may still replay theirs.
@@ -129,7 +143,11 @@ class Background:
         return head, items
 
     def data_loss_pending(self, wait_s: float | None = None) -> DataLossPending:
-        """The error for a reply that cannot be used; ``wait_s``: seconds until a read may succeed."""
+        """The error for a reply that cannot be used.
+
+        Args:
+            wait_s: seconds until a read may succeed; ``None`` if unknown.
+        """
         again = "" if wait_s is None else f"; try again in {wait_s:.1f} s"
         return DataLossPending(
             f"store at {self.store.shown}: it lost writes and is being repaired{again}", reached=True
@@ -145,7 +163,7 @@ class Background:
 
 
 def _is_empty(items: Sequence[Any]) -> bool:
-    """Whether a read found nothing: no reply, or only missing records."""
+    """Whether a read found nothing: each item is missing, or is a list of missing records."""
     return all(item is None or (isinstance(item, list) and not any(item)) for item in items)
 
 

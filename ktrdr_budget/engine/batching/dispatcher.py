@@ -1,9 +1,10 @@
 """Group commit: calls made during a round trip wait, and are sent together as the next batch.
 
-No timer is involved: an idle limiter sends at once. The dispatcher, not a caller, owns calls in flight, so that a
-cancelled caller does not affect others. It also owns the outcome of a call until the caller has received it
-(:meth:`Dispatcher.run`). If the caller is cancelled, a request that was not sent is dropped, a grant is released, and a
-settlement or report is completed (P14).
+No timer is involved: an idle limiter sends at once. A lane sends one batch after another; at most two lanes are active.
+
+The dispatcher, not a caller, owns calls in flight, so that a cancelled caller does not affect others. The dispatcher
+also owns the outcome of a call until the caller has received the outcome (:meth:`Dispatcher.run`). If the caller is
+cancelled, a request that was not sent is dropped, a grant is released, and a settlement or report is completed (P14).
 """
 
 from __future__ import annotations
@@ -51,20 +52,21 @@ _BATCH_WINDOWS = 768
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_MAX_S = 0.2
 _MISSING_WINDOW_S = 0.05
-"""How long a call waits for a missing window before it is sent again."""
+"""The delay before a call is sent again because the key of a window is missing, for example while its slot migrates."""
 _UNDER_REPAIR = "it lost writes and is being repaired"
 _LOOP_BLOCKED = "the event loop was blocked"
 _TIME_LEFT_MIN_S = 0.002
 """A call with less time left than this is not sent again."""
 _REPLY_S = 0.1
-"""A delayed call is sent again only if at least this time is left for the reply."""
+"""The time that must be left for the reply when a delayed call is sent again, or a quarter of the timeout if less."""
 
 
 class Dispatcher:
     """Drives calls over one store, on one event loop.
 
     Args:
-        timeout_s: the deadline of each call, in seconds.
+        timeout_s: the time from the start of a call to its deadline, in seconds.
+        observer: a function that receives an :class:`Observation` of each finished call; ``None``: no observations.
     """
 
     def __init__(self, context: CallContext, store: Store, timeout_s: float, observer: Observer | None) -> None:
@@ -94,18 +96,21 @@ class Dispatcher:
         """The thread of the first call."""
         self._queues = Queues()
         self.delayed: dict[PendingCall, asyncio.TimerHandle] = {}
-        """Reservations and growth that wait for a repair of the store, and calls on a missing window."""
+        """Delayed calls: reservations and growth during a repair of the store, and calls whose window is missing."""
         self.deadlines = Deadlines(self._expire_queued)
         self._lanes = 0
         self._idle: asyncio.Future[None] | None = None
-        """A future that completes when the last lane has ended; set by :meth:`close`."""
+        """A future on which :meth:`close` waits, and which completes when the last lane has ended."""
         self._backoff_s = 0.0
         self._last_error: Exception | None = None
         self._retiring = False
         self._closed = False
 
     def after_fork(self) -> None:
-        """Reset a forked child: new connections, empty queues, a new replica; the parent keeps its calls in flight."""
+        """Reset the limiter in a forked child.
+
+        The child gets new connections, empty queues and a new replica. The parent keeps the calls in flight.
+        """
         fork.keep((self._loop, self.background.tasks, self.store.forget()))
         self.context.outbox.clear()
         self.context.policy.clear()
@@ -117,9 +122,12 @@ class Dispatcher:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def bind(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop that the dispatcher belongs to; bind it at the first use."""
+        """Return the event loop of the dispatcher.
+
+        The first use binds the dispatcher to the running event loop.
+        """
         loop = self._loop
-        # A thread runs one loop at a time. (To ask asyncio is a system call, up to Python 3.11.)
+        # A thread runs one loop at a time. (Up to Python 3.11, asyncio makes a system call to find the running loop.)
         if loop is not None and threading.get_ident() == self._thread and loop.is_running() and not self._closed:
             return loop
         running = asyncio.get_running_loop()
@@ -134,7 +142,12 @@ class Dispatcher:
         return running
 
     def begin(self, flow: Flow[Any], operation: str, future: Any = None, *, kept: bool = False) -> PendingCall:
-        """Start a call; its future receives the result. The future is asyncio's, or that of a waiting thread."""
+        """Start a call whose future receives the result.
+
+        Args:
+            future: the future of a waiting thread; ``None``: the event loop creates a future.
+            kept: whether the limiter resends a settlement that fails, because the caller will not retry.
+        """
         loop = self.bind()
         future = loop.create_future() if future is None else future
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
@@ -145,11 +158,14 @@ class Dispatcher:
         return call
 
     def submit(self, flow: Flow[Any], operation: str) -> Any:
-        """Start a call for a part of the limiter itself, which receives the result in a callback of the future."""
+        """Start a call that the limiter itself makes; return the future that receives the result."""
         return self.begin(flow, operation).future
 
     async def run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
-        """Start a call, and await its result; the limiter handles a result that the caller does not receive."""
+        """Start a call, and await the result.
+
+        If the caller does not receive the result, the limiter takes over the outcome (:meth:`leave`).
+        """
         call = self.begin(flow, operation, kept=kept)
         try:
             return await call.future
@@ -158,13 +174,16 @@ class Dispatcher:
             raise
 
     def leave(self, call: PendingCall, error: BaseException) -> None:
-        """Handle a caller that stops waiting: unless the error is the call's own, the limiter takes over the outcome.
+        """Take over the outcome of a call if the caller stops waiting before it has received the outcome.
 
-        A caller may be cancelled in the turn of the event loop in which the outcome arrives, and never receive it.
+        A caller that is cancelled in the turn of the event loop in which the outcome arrives does not receive it.
+
+        Args:
+            error: why the caller stops waiting. If the call itself failed with this error, nothing is left to do.
         """
         future = call.future
         if future.cancel() or future.cancelled():
-            return  # the call has ended without its caller, or will
+            return  # when the call ends, _finish takes over the outcome
         failure = future.exception()
         if failure is not error:
             self._disown(call, future.result() if failure is None else None, failure)
@@ -215,7 +234,7 @@ class Dispatcher:
             self.replayer.schedule()
 
     def _disown(self, call: PendingCall, result: Any, error: BaseException | None) -> None:
-        """Take over the outcome of a call whose caller is gone: release the grant, keep sending the settlement."""
+        """Take over the outcome of a call whose caller is gone: release a grant, or resend a settlement."""
         if error is None:
             call.context.copy().run(self._release_unreceived, result)
         elif isinstance(error, StoreUnavailable):
@@ -223,12 +242,15 @@ class Dispatcher:
             self.replayer.schedule()
 
     def _release_unreceived(self, result: Any) -> None:
-        """Release a grant that its caller did not receive; keep a replayed one, which belongs to an earlier caller."""
+        """Release a grant that the caller did not receive.
+
+        A replayed grant is kept, because it belongs to an earlier caller.
+        """
         if not isinstance(result, HoldBase) or result.replayed or self._closed:
             return
         if result.offline is not None and result.state == "open":
             self.context.policy.give_up(result)
-            # The store may be granting it now, or later.
+            # The store may still receive the reservation, and grant it.
             self.context.release_later(result.id, result.window_list, result.request)
             self.replayer.schedule()
         else:
@@ -243,7 +265,7 @@ class Dispatcher:
             state="recorded" if isinstance(op, RecordSpend) else "committed",
             amounts=amounts_of(op.windows, settled.units),
             overrun=settled.overrun,
-            # With several windows, it is unknown in which.
+            # With several windows, it is unknown which of them has the overrun.
             overruns=(op.windows[0].budget,) if settled.overrun and len(op.windows) == 1 else (),
             late=settled.late,
         )
@@ -273,10 +295,10 @@ class Dispatcher:
         lanes = self._lanes
         if lanes == 0 or (lanes < _LANES and len(self._queues) >= _SECOND_LANE_FROM):
             self._lanes += 1
-            self._loop.call_soon(self._next_batch)  # further calls of this turn of the event loop go along
+            self._loop.call_soon(self._next_batch)  # calls made later in this turn join the batch
 
     def _consulted(self, call: PendingCall) -> None:
-        """Refuse the call if the breaker is still open after the wait; else queue it."""
+        """Refuse a call if the breaker is still open after the wait for a probe; otherwise, send the call."""
         if self.breaker.open:
             self._throw(call, self.breaker.refusal(ambiguous=call.was_resent))
         else:
@@ -284,16 +306,16 @@ class Dispatcher:
 
     def _spawn(self, work: Any, caller: PendingCall) -> None:
         """Start a task on behalf of a caller."""
-        # A copy: the work of another attempt for the same call may still be in its context.
+        # A copy, because a task of an earlier attempt of the call may still run in the context.
         self.background.spawn(work, caller.context.copy())
 
     def _next_batch(self) -> None:
-        """Send the next batch of a lane: at once if a connection is ready, else in a task.
+        """Send the next batch of a lane; if there is none, end the lane.
 
-        End the lane if none waits.
+        The batch is sent at once if a connection is ready, and in a task if not.
         """
         if not self._lanes:
-            return  # this process is a fork of the one that opened the lane
+            return  # the parent of this forked process opened the lane
         batch: list[PendingCall] = []
         try:
             batch = self._take_batch()
@@ -311,14 +333,14 @@ class Dispatcher:
             self._idle.set_result(None)
 
     def _fail_lane(self, batch: list[PendingCall], failure: BaseException) -> None:
-        """End a lane that has failed and the calls of its batch; other lanes send the waiting calls."""
+        """End a failed lane, and the calls of its batch; another lane sends the waiting calls."""
         for call in batch:
             self._fail(call, failure)
         self._end_lane()
         self.open_lane()
 
     def open_lane(self) -> None:
-        """Start a lane for the waiting calls, unless one is active."""
+        """Start a lane for the waiting calls if no lane is active."""
         if not self._lanes and not self._closed and self._queues:
             assert self._loop is not None
             self._lanes += 1
@@ -330,7 +352,10 @@ class Dispatcher:
             call.future.set_exception(BudgetError(f"unexpected failure: {type(failure).__name__}: {failure}"))
 
     def _take_batch(self) -> list[PendingCall]:
-        """Take the next batch; its size is bounded, so that it occupies the store for a few milliseconds at most."""
+        """Take the next batch from the queues; it is empty if no call waits or a repair runs.
+
+        The size of a batch is bounded, so that a batch occupies the store for a few milliseconds at most.
+        """
         if self.repair.active:
             return []
         # Two lanes share the waiting calls, so that the store works on one half while the other is being sent.
@@ -342,7 +367,10 @@ class Dispatcher:
         return encode_batch(self.state.keys, header, ops, use_fast_path=self.state.use_fast_path())
 
     def _send_at_once(self, batch: list[PendingCall]) -> bool:
-        """Send a batch without a task, if a connection is ready; the reply goes to :meth:`_on_reply`."""
+        """Send a batch without a task if a connection is ready; return whether the batch was sent.
+
+        :meth:`_on_reply` receives the reply.
+        """
         deadline_s = min([call.deadline_s for call in batch])
         assert self._loop is not None
         if not self.store.ready or deadline_s <= self._loop.time():
@@ -367,7 +395,11 @@ class Dispatcher:
         self._next_batch()
 
     async def _exchange(self, batch: list[PendingCall], failed: Exception | None) -> None:
-        """Make one round trip with a batch that was not sent yet, or whose first attempt ``failed``."""
+        """Make one round trip with a batch, then start the next batch of the lane.
+
+        Args:
+            failed: the error of the first attempt; ``None`` if the batch was not sent yet.
+        """
         try:
             await self._attempt(batch, failed)
         except BaseException as error:
@@ -398,18 +430,18 @@ class Dispatcher:
         except (Transient, TimeoutError) as error:
             await self._retry(batch, error)
         except (StoreUnavailable, OSError) as error:
-            for call in batch:  # an attempt before this refusal may have been executed, and its reply lost
+            for call in batch:  # an earlier attempt may have been executed, and its reply lost
                 lost = call.was_resent and isinstance(error, StoreError)
                 self._throw(call, StoreError(str(error), ambiguous=True) if lost else error)
         else:
             self.deliver(batch, header, reply)
 
     def deliver(self, batch: list[PendingCall], header: Header, reply: Any) -> None:
-        """Deliver the replies to a batch."""
+        """Deliver each reply of a batch to its call."""
         self._backoff_s, self._last_error = 0.0, None
         head, replies = parse_batch(reply, [call.request for call in batch])
         self.state.absorb(head, header)
-        if head.data_loss:  # it did nothing else: first the store is repaired
+        if head.data_loss:  # the store has executed nothing: a repair comes first
             self._queues.put_back(batch)
             self.repair.begin()
             return
@@ -426,7 +458,13 @@ class Dispatcher:
                 self._resume(call, (each, head))
 
     def _retire(self, due: tuple[str, ...]) -> None:
-        """Make holds past their deadline unconfirmed in the background; if that fails, the next reply repeats it."""
+        """Retire holds in the background: make them unconfirmed, because their deadline has passed.
+
+        If that fails, the next reply of the store lists the holds again.
+
+        Args:
+            due: the ids of the holds.
+        """
         self._retiring = True
         self.submit(self.context.retire(due), "retire").add_done_callback(self._retired)
 
@@ -435,9 +473,12 @@ class Dispatcher:
         _ = future.cancelled() or future.exception()
 
     async def _retry(self, batch: list[PendingCall], error: Exception) -> None:
-        """Resend calls that have time left; their ids make that harmless."""
+        """Return the calls of a failed batch that have time left to the queues, then pause.
+
+        To send a call twice is harmless, because the id in its request stays the same.
+        """
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
-        if isinstance(error, Transient) or self._last_error is None:  # a timeout says less than an earlier error
+        if isinstance(error, Transient) or self._last_error is None:  # a timeout explains less than an earlier error
             self._last_error = error
         if not isinstance(error, Transient) or error.sent:
             self._on_resend(batch)
@@ -457,7 +498,9 @@ class Dispatcher:
         A call that was not sent only because the event loop stalled gets one more deadline.
 
         Args:
-            in_turn: they would be sent now.
+            error: the last error of an attempt; ``None`` if there was none.
+            in_turn: whether the calls are about to be sent. If not, a call counts as held up by the event loop only if
+                its deadline passed more than :data:`LATE_S` ago.
         """
         assert self._loop is not None
         now_s = self._loop.time()
@@ -487,7 +530,13 @@ class Dispatcher:
         return self.deadlines.stalled_s >= call.stalled_max_s
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
-        """Give a call one more deadline, but only once."""
+        """Give a call one more deadline if the event loop was blocked; return whether the call has got one.
+
+        A call gets one more deadline only once.
+
+        Args:
+            unsent: whether the call was not sent only because the event loop was blocked.
+        """
         assert self._loop is not None
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
@@ -501,7 +550,7 @@ class Dispatcher:
             self._throw(call, self.breaker.refusal(ambiguous=call.was_resent))
 
     def _expire_waiting(self) -> None:
-        """End calls whose deadline passes while nothing is sent."""
+        """End the waiting calls whose deadline has passed; if the breaker is open, end all waiting calls."""
         self._queues.put_back(self._expire(self._queues.clear(), self._last_error))
         if self.breaker.open:
             self._refuse_queued()
@@ -509,14 +558,14 @@ class Dispatcher:
     def _expire_queued(self) -> float:
         self._expire_waiting()
         assert self._loop is not None
-        # A batch under way ends in time by itself.
+        # A batch in flight ends by its own deadline.
         last_s = self._loop.time() + self.timeout_s if self._lanes or self.background.tasks else math.inf
         return min([call.deadline_s for call in self._queues], default=last_s)
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     async def _read(self, call: PendingCall, command: Read | Command) -> None:
-        """Send a read until it gets a reply or its deadline has passed."""
+        """Send a read or a command repeatedly until the store replies or the deadline of the call has passed."""
         assert self._loop is not None
         pause_s: float = _BACKOFF_FIRST_S
         error: Exception | None = None
@@ -553,7 +602,11 @@ class Dispatcher:
             pause_s = min(_BACKOFF_MAX_S, pause_s * 2)
 
     async def _reply_to(self, command: Read | Command, deadline_s: float) -> Any:
-        """Return the reply; a reply to a read only if the store has lost no data, or this replica has repaired it."""
+        """Send a read or a command, and return the reply.
+
+        Raises:
+            DataLossPending: the store has lost data that is not repaired, so the reply to a read cannot be used.
+        """
         if not isinstance(command, Read):
             return await self._run(command, deadline_s)
         if self.repair.active:
@@ -571,7 +624,7 @@ class Dispatcher:
         return reply
 
     def _on_resend(self, batch: list[PendingCall]) -> None:
-        """Mark calls whose request is sent a second time, because the first attempt may have been executed."""
+        """Mark the calls of a batch as resent, because the first attempt may have been executed."""
         for call in batch:
             call.was_resent = True
             call.unacknowledged = not self.state.journal.has_settled(call.request.hold_id)
@@ -580,7 +633,11 @@ class Dispatcher:
     # -- a store that was unreachable, or lost data --------------------------------------------------------------------
 
     def _on_close(self, data_loss: bool) -> None:
-        """After the breaker has closed, repair a data loss, if any, and send the outbox."""
+        """Send the outbox, because the breaker has closed.
+
+        Args:
+            data_loss: whether the store has lost writes. If so, a repair is started first.
+        """
         if data_loss:
             self.repair.begin()
         self.replayer.hasten()
@@ -590,7 +647,11 @@ class Dispatcher:
         checking.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _repair_continues(self, error: Exception | None) -> None:
-        """End calls past their deadline while a repair runs; ``error`` is its last failure, if any."""
+        """End the calls whose deadline has passed while a repair runs.
+
+        Args:
+            error: the last failure of the repair; ``None`` if the repair has not failed.
+        """
         self._last_error = error
         self._expire_waiting()
 
@@ -600,13 +661,14 @@ class Dispatcher:
             self.replayer.hasten()
 
     def _delay(self, call: PendingCall, reply: Recovering | MissingWindow, head: BatchHead) -> None:
-        """Delay a call that the store postpones, until it is sent again or its deadline has come.
+        """Delay a call that the store cannot execute yet, then send the call again.
 
-        At its deadline it is denied, whatever the policy, because the store was reached.
+        If too little time is left for that, the call is refused at its deadline. The outage policy is not applied,
+        because the store was reached.
         """
         assert self._loop is not None
         if isinstance(reply, MissingWindow):
-            if call.request.is_retire:  # a due hold, which other calls may wait for: left to the next that meets it
+            if call.request.is_retire:  # other calls may wait for this one, and the next call retries
                 self._resume(call, (reply, head))
                 return
             wait_s = _MISSING_WINDOW_S
@@ -619,7 +681,7 @@ class Dispatcher:
             why = f"{_UNDER_REPAIR}; try again in {wait_s:.1f} s"
         left_s = call.deadline_s - self._loop.time()
         if wait_s > left_s - min(_REPLY_S, self.timeout_s / 4):
-            ambiguous = call.was_resent and isinstance(reply, MissingWindow)  # else it was granted nowhere
+            ambiguous = call.was_resent and isinstance(reply, MissingWindow)  # otherwise no attempt was granted
             refusal = StoreUnavailable(f"store at {self.store.shown}: {why}", ambiguous=ambiguous, reached=True)
             timer = self._loop.call_later(max(0.0, left_s - _TIME_LEFT_MIN_S), self._end_delay, call, refusal)
         else:
@@ -636,7 +698,11 @@ class Dispatcher:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Finish calls in flight, within the deadline, and close the store."""
+        """Finish the calls in flight, send the outbox, and close the store.
+
+        Calls in flight have twice the timeout to finish. Delayed calls, and calls that wait after that time, are
+        refused. The outbox is sent only if the breaker is closed.
+        """
         if self._loop is None:
             await self.store.close()
             return
@@ -672,7 +738,7 @@ class Dispatcher:
             self._throw(call, closing)
 
     def _refuse_rest(self, closing: StoreUnavailable) -> None:
-        """End the calls that still wait, because nothing is sent any more."""
+        """Refuse the calls that still wait, because the limiter sends nothing any more."""
         self.breaker.stop()
         while self.delayed or self._queues:
             self._refuse_delayed(closing)
@@ -682,4 +748,4 @@ class Dispatcher:
 
 def _log_failed_release(future: asyncio.Future[Any]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        logger.warning("release of an abandoned hold failed, it will expire: %s", error)
+        logger.warning("release of an abandoned hold failed; the hold will expire: %s", error)

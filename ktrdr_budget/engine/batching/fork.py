@@ -21,12 +21,15 @@ _of_the_parent: list[Any] = []
 
 
 def watch(forked: Forked) -> None:
-    """Call ``after_fork`` in each child, as long as the object lives."""
+    """Call ``forked.after_fork`` in each forked child, until the object is garbage collected."""
     _watched.add(forked)
 
 
 def keep(of_the_parent: Any) -> None:
-    """Keep an object of the parent for ever: a collected connection would remove itself from the parent's epoll."""
+    """Keep an object of the parent alive for ever.
+
+    A connection of the parent that is garbage collected would remove itself from the parent's epoll.
+    """
     _of_the_parent.append(of_the_parent)
 
 

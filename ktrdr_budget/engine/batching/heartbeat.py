@@ -1,4 +1,4 @@
-"""Keeps a hold alive while the block that owns it runs."""
+"""Heartbeats: extend a hold while the ``with`` block that owns the hold runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 class Heartbeat:
-    """Extends a hold at a third of its ttl, until stopped or until there is nothing left to extend."""
+    """Extends a hold each time a third of its ttl has passed.
+
+    The heartbeats end with :meth:`stop`, when the hold is settled, or when the store does not know the hold.
+    """
 
     __slots__ = ("_dispatcher", "_hold", "timer")
 
@@ -27,12 +30,12 @@ class Heartbeat:
         self._dispatcher = dispatcher
         self._hold = hold
         self.timer: asyncio.TimerHandle | asyncio.Future[None] | None = None
-        """The timer of the next heartbeat, or the task of the one in flight."""
+        """The timer of the next heartbeat, or the future of the heartbeat in flight."""
         if not hold.settled:
             self._schedule()
 
     def _schedule(self) -> None:
-        # In an empty context: an instrumentation would put the spans of each heartbeat into the block's trace.
+        # In an empty context, so that an instrumentation does not add spans of heartbeats to the block's trace.
         delay_s, empty = min(self._hold.ttl, TTL_MAX_S) / 3, contextvars.Context()
         self.timer = self._dispatcher.bind().call_later(delay_s, self.send, context=empty)
 
@@ -55,7 +58,10 @@ class Heartbeat:
             self._schedule()
 
     def stop(self) -> None:
-        """Send no further heartbeat. One that is in flight cannot reopen a hold that is settled next."""
+        """Send no further heartbeat.
+
+        A heartbeat in flight is not cancelled, but cannot reopen the hold if the hold is settled next.
+        """
         timer, self.timer = self.timer, None
         if isinstance(timer, asyncio.TimerHandle):
             timer.cancel()

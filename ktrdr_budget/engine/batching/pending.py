@@ -1,4 +1,4 @@
-"""A call of the limiter in progress, and its observation once it has ended."""
+"""A call in progress, and the observation of a finished call."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Observation", "Observer", "PendingCall"]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A finished call, or spend that was recorded after its call had ended.
+    """What an observer receives: a finished call, or spend that was recorded after its call had ended.
 
-    A settlement is ``replayed`` here only if it was observed before. A retry after a lost reply is the first
-    observation.
+    A settlement in ``result`` is ``replayed`` only if the settlement was observed before. If the first reply was lost,
+    the retry is the first observation.
     """
 
     operation: str
     """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …; or ``resolve``: a commit
-    or record whose call has ended without a reply, and that this replica has made all the same."""
+    or record that this replica has completed after the call had ended without a reply."""
     result: Any
     error: BaseException | None
     seconds: float
@@ -38,10 +38,11 @@ class PendingCall:
     """One call, and the future that its caller awaits.
 
     Args:
-        started_s: by the monotonic clock.
-        deadline_s: by the event loop's clock.
-        stalled_max_s: if the event loop was blocked for longer in total, a missing reply does not indicate an outage.
-        kept: the caller will not retry, so the limiter resends a settlement that fails.
+        started_s: when the call began, by the monotonic clock.
+        deadline_s: when the call ends if there is no reply, by the event loop's clock.
+        stalled_max_s: a limit for :attr:`Deadlines.stalled_s`, the total time for which the event loop was blocked.
+            Once that time has reached the limit, a missing reply does not indicate an outage.
+        kept: whether the limiter resends a settlement that fails, because the caller will not retry.
     """
 
     __slots__ = (
@@ -85,4 +86,7 @@ class PendingCall:
         self.was_resent = False
         """Whether an attempt without a reply may have been executed."""
         self.unacknowledged = False
-        """Whether a resent settlement may have been executed by its first attempt: a replay is then its first reply."""
+        """Whether the first attempt of a resent settlement may have been executed.
+
+        If so, a replay is the first reply to the settlement.
+        """

@@ -1,6 +1,7 @@
-"""Calls that wait to be sent, in three queues, each with a share of every batch: no kind of request starves another.
+"""Three queues of calls that wait to be sent, one for each kind of request.
 
-Within a batch, settlements come first, so that the money they give back can be granted in the same batch.
+Each queue has a share of every batch, so that no kind of request starves another. Within a batch, settlements come
+first, so that the money that settlements give back can be granted in the same batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Queues:
     def __init__(self) -> None:
         self._settlements: deque[PendingCall] = deque()
         self._urgent: deque[PendingCall] = deque()
-        """Heartbeats and reports, which need no room in a budget, and keep holds open."""
+        """Heartbeats, which keep holds open, and reports. Neither needs room in a budget."""
         self._admissions: deque[PendingCall] = deque()
         """Reservations and growth."""
 
@@ -42,7 +43,7 @@ class Queues:
         return self._admissions if request.asks_for_money else self._urgent if request.is_urgent else self._settlements
 
     def put(self, call: PendingCall) -> None:
-        """Queue a call behind those of its kind."""
+        """Append a call to the queue of its kind."""
         self._queue_of(call).append(call)
 
     def put_back(self, batch: Iterable[PendingCall]) -> None:
@@ -64,10 +65,14 @@ class Queues:
         return min(heads, default=math.inf)
 
     def take(self, ops_max: int, windows_max: int) -> list[PendingCall]:
-        """Take the next batch: heartbeats and reports get their share first, then settlements, then the rest.
+        """Take the next batch.
+
+        Heartbeats and reports are taken first, then settlements, then reservations and growth. Each queue leaves room
+        for the shares of the queues after it.
 
         Args:
-            windows_max: about how many windows it may touch.
+            ops_max: the largest number of calls in the batch.
+            windows_max: about how many windows all calls of the batch may touch together.
         """
         settlements, urgent, admissions = self._settlements, self._urgent, self._admissions
         share, few = ops_max // _SHARES, windows_max // _SHARES
@@ -90,7 +95,7 @@ def _take(queue: deque[PendingCall], ops_max: int, windows_max: int) -> list[Pen
     while queue and len(taken) < ops_max and windows < windows_max:
         call = queue.popleft()
         if call.future.cancelled() and not call.was_resent and not call.request.is_fact:
-            call.flow.close()  # cancelled before it was sent: leaves nothing
+            call.flow.close()  # cancelled before it was sent: nothing to undo
             continue
         windows += len(call.request.windows)
         taken.append(call)

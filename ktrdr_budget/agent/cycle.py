@@ -56,7 +56,7 @@ class Measures(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of a trigger, with the language model and the design that they select."""
+    """The options of a trigger, with the language model and the design that these options select."""
 
     options: CycleOptions
     llm: LLM
@@ -88,7 +88,7 @@ class _GateFailedError(Exception):
 
 
 class UnaskedCancellationError(Exception):
-    """A phase raised ``CancelledError`` although the cycle was not cancelled; this is an error of the phase."""
+    """A phase raised ``CancelledError`` although the cycle was not cancelled. The cycle fails with this error."""
 
 
 class Cycle:

@@ -135,7 +135,7 @@ class CycleStore:
         return _text(await self._execute("cancel", operation_id))
 
     async def get(self, operation_id: str) -> CycleView | None:
-        """Return one cycle; ``None`` if the id is unknown."""
+        """Return one cycle, or ``None`` if the id is unknown."""
         now_ms, record = await self._execute("get", operation_id)
         return _view(operation_id, _text(record), int(now_ms)) if record else None
 

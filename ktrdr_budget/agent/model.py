@@ -63,7 +63,7 @@ def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause:
 
 
 def accuracy(chances: Sequence[float], labels: Labels) -> float:
-    """Return the fraction of correct predictions; a probability above 0.5 predicts a rise."""
+    """Return the fraction of correct predictions. A probability above 0.5 predicts a rise."""
     return fmean((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True))
 
 

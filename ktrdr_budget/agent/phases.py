@@ -1,7 +1,7 @@
 """The phases of a research cycle, as a protocol that a backend can implement.
 
-A cycle has four phases, with a gate after training and one after backtesting. Each phase returns a frozen record, which
-a backend may subclass to add fields.
+A cycle has four phases. A gate follows the training, and a second gate follows the backtest. Each phase returns a
+frozen record. To add fields, a backend may subclass the record.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class PhaseContext(Protocol):
 
     @property
     def brief(self) -> str | None:
-        """The trigger's instructions for the design; ``None`` if there are none."""
+        """The instructions for the design, or ``None`` if the trigger has none."""
         ...
 
     @property

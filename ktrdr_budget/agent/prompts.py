@@ -1,6 +1,7 @@
 """Prompts of the bundled research, and parsers of the replies.
 
-A reply contains one JSON object; text around it is ignored. Error messages name the defect and never quote the reply.
+A reply contains one JSON object. Text around the object is ignored. An error names the defect, and never quotes the
+reply.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ def _brief_lines(brief: str | None) -> tuple[str, ...]:
 
 
 def brief_of(prompt: str) -> str | None:
-    """Return the brief in a design prompt; ``None`` if there is none."""
+    """Return the brief in a design prompt, or ``None`` if the prompt has no brief."""
     found = _line_of(prompt, _BRIEF)
     return None if found is None else str(found["text"])
 
 
 def strategies_of(prompt: str) -> Mapping[str, Any] | None:
-    """Return the strategies in a design prompt; ``None`` for any other prompt."""
+    """Return the strategies in a design prompt, or ``None`` for any other prompt."""
     return _line_of(prompt, _STRATEGIES)
 
 
@@ -138,7 +139,7 @@ def assessment_prompt(design: Design, training: Training, backtest: Backtest) ->
 
 
 def figures_of(prompt: str) -> Mapping[str, Any] | None:
-    """Return the figures in an assessment prompt; ``None`` for any other prompt."""
+    """Return the figures in an assessment prompt, or ``None`` for any other prompt."""
     return _line_of(prompt, _FIGURES)
 
 

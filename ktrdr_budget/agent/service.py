@@ -263,7 +263,7 @@ class AgentService:
         try:
             await hold.release()
         except BudgetError as error:
-            logger.warning("release of hold %s failed; it will expire: %s", hold.id, error)
+            logger.warning("release of hold %s failed; the hold will expire: %s", hold.id, error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         cycle = self._running.pop(task)

@@ -130,7 +130,7 @@ def features(
 def positions(
     strategy: Strategy, parameters: Mapping[str, Number], closes: Closes, chances: Sequence[float]
 ) -> list[float]:
-    """Return a position for each day, as a fraction of the equity. 1 is fully invested, and a negative one is short.
+    """Return a position for each day, as a fraction of the equity. 1 is fully invested; a negative position is short.
 
     Args:
         chances: probabilities of a rise on the next day, for the last ``len(chances)`` days of ``closes``.

@@ -33,7 +33,7 @@ def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TR
     A trade lasts while the position keeps its sign. The size of the position may change meanwhile.
 
     Args:
-        positions: fractions of the equity; negative is short.
+        positions: fractions of the equity. A negative position is short.
         returns: returns of the instrument from the close of each position to the next close.
         cost: cost of a purchase or sale, as a fraction of its value.
     """

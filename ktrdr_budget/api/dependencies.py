@@ -45,7 +45,7 @@ logger = logging.getLogger("ktrdr_budget")
 
 CLOSE_DENIED = 1008
 CLOSE_TRY_LATER = 1013
-"""Close codes of RFC 6455 and its registry: policy violation, and try again later."""
+"""Close codes of WebSockets, registered by IANA: 1008 is *policy violation*, 1013 is *try again later*."""
 _CLOSE_REASON_BYTES_MAX = 123
 _REFUSALS = (BudgetExceeded, TooManyHolds, TooManyBudgets, StoreUnavailable)
 

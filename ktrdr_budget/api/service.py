@@ -14,7 +14,7 @@ __all__ = ["BudgetService"]
 
 
 class BudgetService:
-    """A limiter, the keys that give access to it, and the estimate of a cycle."""
+    """A limiter, the keys that give access to the limiter, and the estimate of a cycle."""
 
     def __init__(self, limiter: AsyncBudgetLimiter, keys: Keys, cycle_estimate: AmountIn) -> None:
         self.limiter = limiter

@@ -167,7 +167,7 @@ def _report_startup(settings: Settings, listener: socket.socket, workers: int, s
     if settings.on_store_error == "allow" and workers > 1:
         _print("warning: KTRDR_ON_STORE_ERROR=allow: only the worker that admitted a hold unchecked can settle it")
     if settings.on_store_error == "lease" and workers > 1:
-        _print("warning: KTRDR_ON_STORE_ERROR=lease: each worker prepays its own chunks; only it can settle from them")
+        _print("warning: KTRDR_ON_STORE_ERROR=lease: each worker prepays its own chunks; no other worker can use them")
     host, port, *_ = listener.getsockname()
     _print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 

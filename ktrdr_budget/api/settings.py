@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     lease_slab: str | None = None
     """The amount that a lease prepays: dollars for each budget in dollars, or several ``name=amount``."""
     durability: Literal["memory", "replica", "disk"] = "memory"
-    """Where a write must be before it is acknowledged: in the server's memory, on a replica, or on the disk."""
+    """Where the store must have a write before the service replies: in memory, on a replica, or on the disk."""
     max_holds: int = Field(default=MAX_HOLDS, ge=1)
     """The maximum number of open and unconfirmed holds of the tenant."""
     max_budgets: int = Field(default=MAX_BUDGETS, ge=1)
@@ -141,7 +141,7 @@ class Settings(BaseSettings):
         if self.on_store_error != "lease" and self.lease_slab is not None:
             raise ValueError("KTRDR_LEASE_SLAB needs KTRDR_ON_STORE_ERROR=lease")
         if self.auth == "none" and (self.use_keys or self.admin_keys):
-            raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset one or the other")
+            raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset KTRDR_AUTH or the keys")
         if set(self.use_keys) & set(self.admin_keys):
             raise ValueError("KTRDR_API_KEY and KTRDR_ADMIN_KEY must differ")
         return self
@@ -281,7 +281,7 @@ def _read_budgets(path: Path) -> list[Budget]:
 def _budget(entry: dict[str, Any]) -> Budget:
     for field in entry:
         if field not in _BUDGET_FIELDS:
-            raise InvalidArgument(f"unknown field {field!r}; there are {', '.join(_BUDGET_FIELDS)}")
+            raise InvalidArgument(f"unknown field {field!r}; the fields are {', '.join(_BUDGET_FIELDS)}")
     for field in ("name", "limit"):
         if field not in entry:
             raise InvalidArgument(f"{field} is missing" + (" ('unlimited' is allowed)" if field == "limit" else ""))

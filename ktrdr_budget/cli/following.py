@@ -60,7 +60,7 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
 
 
 def _find(where: Service, operation_id: str) -> dict[str, Any]:
-    """Find a cycle in the agent's status or, if it is not there, in the list of cycles.
+    """Find a cycle in the agent's status or, if the status does not have the cycle, in the list of cycles.
 
     Raises:
         CommandError: the cycle is in neither document.

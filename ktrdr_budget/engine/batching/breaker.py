@@ -1,8 +1,9 @@
-"""The circuit breaker: during an outage only the first call waits for its deadline, later calls fail fast (P12).
+"""The circuit breaker: during an outage, only the first call waits for its deadline, and later calls fail fast (P12).
 
-While the breaker is closed, calls are sent. It opens when a call misses its deadline without any reply from the store.
-While it is open, one probe at a time is sent, at growing intervals and for each new call, and calls wait briefly for
-its reply. The first reply closes the breaker, so that the next call is served.
+While the breaker is closed, calls are sent. The breaker opens when a call misses its deadline and the store has sent no
+reply since the call began. While the breaker is open, probes are sent: at growing intervals, and for each new call if
+no probe is in flight. A call waits briefly for the reply to the probe. The first reply closes the breaker, so that the
+next call is served.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ StoreState = Literal["closed", "open"]
 
 PROBE_FIRST_S = 0.05
 PROBE_MAX_S = 1.0
-"""The longest time between two probes, and the longest wait for one; the limiter's timeout if that is less."""
-PATIENCE_S = 0.05
-"""How long calls wait for a probe, from its beginning.
+"""The longest time between two probes, and the longest wait for the reply to a probe.
 
-A server that is down refuses at once, and one that hangs does not reply, so a longer wait is useless.
+If the timeout of the limiter is shorter, the timeout applies instead.
+"""
+PATIENCE_S = 0.05
+"""How long after the start of a probe calls wait for the reply.
+
+A server that is down refuses at once, and a server that hangs does not reply, so a longer wait is useless.
 """
 
 
 class Breaker:
-    """The circuit breaker of one limiter. While it is closed, a call pays only for reading :attr:`open`.
+    """The circuit breaker of one limiter. While the breaker is closed, its only cost to a call is to read :attr:`open`.
 
     Args:
-        on_close: called when the store replies again; its argument says whether the store has lost writes.
+        on_close: a function that is called when the store replies again. The argument is whether the store has lost
+            writes.
     """
 
     def __init__(self, background: Background, on_close: Callable[[bool], None]) -> None:
@@ -47,7 +52,7 @@ class Breaker:
         self.reset()
 
     def reset(self) -> None:
-        """Close the breaker, as at the start."""
+        """Set the initial state, in which the breaker is closed."""
         self.open = False
         self.openings = 0
         """How often the breaker has opened."""
@@ -69,7 +74,12 @@ class Breaker:
         return "open" if self.open else "closed"
 
     def deadline_missed(self, called_s: float, error: Exception) -> None:
-        """Open because a call made at this time missed its deadline, unless the store has replied since."""
+        """Open the breaker because a call missed its deadline, if the store has not replied since the call began.
+
+        Args:
+            called_s: when the call began, by the monotonic clock.
+            error: the last error of the call.
+        """
         last_reply_s = max(self.last_reply_s, self._background.state.last_reply_s)
         if self.open or self._background.closed or last_reply_s >= called_s:
             return
@@ -84,11 +94,15 @@ class Breaker:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last reply, or since the first call without one."""
+        """Seconds since the beginning of the call that opened the breaker."""
         return time.monotonic() - self._since_s
 
     def refusal(self, *, ambiguous: bool) -> StoreUnavailable:
-        """The error of a call while the breaker is open."""
+        """The error that a call raises while the breaker is open.
+
+        Args:
+            ambiguous: whether an earlier attempt of the call may have been executed.
+        """
         return StoreUnavailable(self._state_words, ambiguous=ambiguous, reached=self._answered)
 
     @property
@@ -96,7 +110,11 @@ class Breaker:
         return f"{self._cause} for {self.silent_s:.1f} s; failing fast until it replies"
 
     def consult(self, callback: Callable[[], None]) -> None:
-        """Call back once the breaker closes or the wait is over; send a probe, unless one is in flight."""
+        """Call ``callback`` once the breaker closes or the wait for a probe is over.
+
+        If no probe is in flight, one is sent. If the wait for the probe in flight is over, the callback runs in the
+        next turn of the event loop.
+        """
         began_s, background = self._probe_began_s, self._background
         if began_s is None:
             self._waiting.append(callback)
@@ -104,10 +122,10 @@ class Breaker:
         elif background.time() - began_s < self._patience_s:
             self._waiting.append(callback)
         else:
-            background.soon(callback)  # later: calls in a tight loop would keep the event loop from the reply
+            background.soon(callback)  # not now: calls in a tight loop would keep the event loop from the reply
 
     def stop(self) -> None:
-        """Send no further probe."""
+        """Send no further probe; end the wait of all calls for a probe."""
         self._cancel_timers()
         self._resume_waiting()
 
@@ -162,10 +180,10 @@ class Breaker:
         return min(PROBE_MAX_S, self._background.timeout_s)
 
     async def _data_loss(self) -> bool | None:
-        """Probe the store with an empty write, because a read-only store cannot admit anything.
+        """Probe the store with an empty write, because a read-only store replies to reads but cannot admit calls.
 
         Returns:
-            Whether the store has lost writes; ``None`` without a reply.
+            Whether the store has lost writes; ``None`` if the store does not reply.
         """
         try:
             keys = self._background.state.keys

@@ -1,7 +1,8 @@
 """The deadlines of calls that wait to be sent.
 
-A batch in flight ends by its own deadline. A call that waits behind it may have an earlier deadline, if it was sent
-once before: a reservation that was denied while holds were due, or a commit by id that first read its hold.
+A batch in flight ends by its own deadline. A call that waits behind the batch may have an earlier deadline, if the call
+was sent once before. Examples are a reservation that was denied while other holds were past their deadline, and a
+commit by id that has first read its hold.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ _APART_S = 0.01
 """The least time between two checks: many calls may wait, and a check visits all of them."""
 _TICK_S = 0.02
 LATE_S = 0.02
-"""If the timer is later than this, the event loop was blocked."""
+"""If the timer runs later than planned by more than this time, the event loop was blocked."""
 
 
 class Deadlines:
-    """One timer for the earliest deadline: a timer for each call would cost as much as sending it.
+    """One timer for the earliest deadline of all waiting calls.
 
-    The timer also ticks between deadlines, to measure for how long the event loop is blocked while calls wait.
+    A timer for each call would cost as much as sending the call. The timer also ticks between deadlines, to measure for
+    how long the event loop is blocked while calls wait.
 
     Args:
-        expire: ends the calls whose deadline has passed; returns the earliest other deadline, infinite without one.
+        expire: a function that ends the calls whose deadline has passed. The function returns the time of the next
+            check, or infinity if no check is needed.
     """
 
     def __init__(self, expire: Callable[[], float]) -> None:
         self._expire = expire
         self._timer: asyncio.TimerHandle | None = None
         self.next_s = math.inf
-        """The event loop's time of the next check; a call with an earlier deadline brings it forward."""
+        """The time of the next check, by the event loop's clock; an earlier deadline brings the check forward."""
         self.stalled_s = 0.0
         """The total time for which the event loop was blocked."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        """Check the deadlines at this time of the event loop."""
+        """Check the deadlines at the time ``deadline`` of the event loop's clock."""
         self._note_stall(loop)
         self.next_s = deadline
         self._wait(loop)

@@ -1,7 +1,7 @@
-"""Detect that the store has lost data, and replay this replica's journal to it (P13).
+"""Detect that the store has lost data, and replay the journal of this replica to the store (P13).
 
-Entries are replayed by ids and totals, so that a second replay changes nothing. The order is: limits, settlements (also
-those of other replicas that are in the journal), subtotals, open holds.
+The entries of the journal have ids or totals, so that a second replay changes nothing. The order of the replay is:
+limits, settlements, subtotals, open holds. Settlements by other replicas are replayed if this journal has them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["LossRepair"]
 logger = logging.getLogger("ktrdr_budget")
 
 PULSE_S = 1.0
-"""An idle replica with a journal probes the store for data loss this often.
+"""How often an idle replica that has a journal probes the store for data loss.
 
-The store grants nothing for RECOVERY_MS of prelude.lua after the first detection: three times as long.
+After the first detection, the store grants nothing for three times as long (RECOVERY_MS in prelude.lua).
 """
 _CHECK_PULSES, _CHECK_HOLDS = 2, 500
-"""Every two pulses, this many holds are checked for settlements by other replicas."""
+"""Every second pulse, up to 500 holds are checked, because other replicas may have settled them."""
 _REPLAY_AGAIN_FIRST_S, _REPLAY_AGAIN_MAX_S = 1.0, 5.0
 """Delays before operations on a missing window are replayed again."""
 _BATCH_OPS = 128
@@ -42,10 +42,10 @@ class LossRepair:
     """The detection and repair of data losses by one limiter.
 
     Args:
-        check_policy: reads the store's eviction policy.
-        on_wait: called at intervals with the last failure while calls wait for a repair, to end those past their
-            deadline.
-        on_end: called when calls may be sent again.
+        check_policy: a function that reads the store's eviction policy.
+        on_wait: a function that is called at intervals while calls wait for a repair, to end the calls whose deadline
+            has passed. The argument is the last failure of the repair, or ``None``.
+        on_end: a function that is called when calls may be sent again.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class LossRepair:
     def reset(self) -> None:
         """Reset to the state without a data loss, as at the start."""
         self.active = False
-        """The store has lost writes; no call is sent before the replay is complete."""
+        """Whether the store has lost writes and the replay is not complete. Until it is complete, no call is sent."""
         self._again = False
-        """Another data loss was detected during the replay, which must be repeated."""
+        """Whether the replay must be repeated, because another data loss was detected during the replay."""
         self._replayed_losses = 0
-        """The number of losses after which the whole journal was replayed."""
+        """The number of the last data loss after which the whole journal was replayed."""
         self._probing = False
         self._checking = False
         self.pulses = 0
-        """Pulses so far; those without an expected reply are not counted."""
+        """The number of pulses so far, without those made while the breaker was open or the journal was empty."""
         self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
         self._replay_timer: asyncio.TimerHandle | None = None
@@ -86,11 +86,11 @@ class LossRepair:
     # -- detection -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Probe the store at intervals from now on, while this replica is idle."""
+        """From now on, probe the store at intervals while this replica is idle."""
         self._pulse_timer = self._background.later(PULSE_S, self._pulse)
 
     def stop(self) -> None:
-        """Stop the probes."""
+        """Stop the probes, and cancel a postponed replay."""
         for timer in (self._pulse_timer, self._replay_timer):
             if timer is not None:
                 timer.cancel()
@@ -111,7 +111,7 @@ class LossRepair:
             self._background.spawn(self.check_holds())
 
     def suspect(self) -> None:
-        """Send a probe to the store, unless one is in flight."""
+        """Send a probe that detects a data loss, if no probe is in flight and no repair is running."""
         if self._background.loop is not None and not (self._probing or self.active or self._background.closed):
             self._probing = True
             self._background.spawn(self._probe())
@@ -120,7 +120,7 @@ class LossRepair:
         try:
             head, _ = await self._background.send([], min(PULSE_S, self._background.timeout_s))
         except NO_REPLY:
-            pass  # the next call detects that, or the next pulse
+            pass  # the next call or pulse detects the outage
         else:
             if head.data_loss:
                 self.begin()
@@ -128,7 +128,7 @@ class LossRepair:
             self._probing = False
 
     async def check_holds(self) -> None:
-        """Drop holds that other replicas have settled, because a later replay could reopen them."""
+        """Remove holds that other replicas have settled from the journal, because a later replay could reopen them."""
         state = self._state
         ids = state.journal.holds_to_check(state.now_ms(), _CHECK_HOLDS)
         try:
@@ -145,13 +145,16 @@ class LossRepair:
     # -- replay --------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start a repair, unless one is running; calls wait until the journal is replayed."""
+        """Start a repair if none is running. Calls wait until the journal is replayed."""
         if not self.active and not self._background.closed:
             self.active = True
             self._background.spawn(self._replay_until_done())
 
     def begin_again(self) -> None:
-        """Start a repair; restart one that is running, because it may not replay what was lost since."""
+        """Start a repair; if a repair is running, repeat the replay at its end.
+
+        The replay in progress may not restore what the store has lost since the replay began.
+        """
         self._again = True
         self.begin()
 
@@ -203,7 +206,11 @@ class LossRepair:
         return True
 
     def _replay_again(self, missing: list[str]) -> None:
-        """Replay again once missing windows exist: their slot is being migrated."""
+        """Replay the journal again later if windows are missing, for example while their slot is being migrated.
+
+        Args:
+            missing: the names of the missing windows; if there are none, the delay of the next time is reset.
+        """
         if not missing:
             self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         elif self._replay_timer is None:
@@ -228,7 +235,7 @@ class LossRepair:
             )
 
     async def _send(self, ops: Sequence[Operation]) -> _Replies | None:
-        """Send operations in batches; ``None`` after a further data loss."""
+        """Send operations in batches, and return each with its reply; ``None`` if the store has lost data again."""
         answered: _Replies = []
         for first in range(0, len(ops), _BATCH_OPS):
             batch = ops[first : first + _BATCH_OPS]
@@ -240,7 +247,11 @@ class LossRepair:
         return answered
 
     async def _replies(self, batch: Sequence[Operation]) -> list[Reply] | None:
-        """The replies to a batch; an operation that the store cannot execute does not stop the others."""
+        """Send a batch, and return the replies; ``None`` if the store has lost data again.
+
+        An operation that the store cannot execute does not stop the other operations: a refused batch is halved, and
+        the halves are sent.
+        """
         try:
             head, replies = await self._background.send(batch, repairs=True)
         except StoreError as error:

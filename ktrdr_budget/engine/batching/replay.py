@@ -1,4 +1,8 @@
-"""Sends the outbox once the store replies again (:mod:`..replica.outbox`)."""
+"""Send the outbox once the store replies again.
+
+The outbox (:mod:`..replica.outbox`) holds deferred settlements, and requests in doubt, whose outcome is unknown. A pass
+is one attempt to send the whole outbox.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,8 @@ class Replayer:
     """Sends the outbox of one limiter until it is empty.
 
     Args:
-        on_settled: called with each commit or record in doubt that this replica has settled, and with its reply.
+        on_settled: a function that is called with each commit or record in doubt that this replica has completed, and
+            with the reply of the store.
     """
 
     def __init__(
@@ -68,24 +73,27 @@ class Replayer:
         self._draining = False
         self._ended = False
         self._lock = asyncio.Lock()
-        """Held while the outbox is sent: two concurrent passes would send the same requests."""
+        """Held while the outbox is sent: two concurrent passes would send the same requests twice."""
         self._pause_s = RETRY_FIRST_S
 
     # -- what is added -------------------------------------------------------------------------------------------------
 
     def resolve_later(self, op: Operation) -> None:
-        """Queue a request whose reply was lost; its caller received ``StoreUnavailable``."""
+        """Queue a request whose reply was lost and whose caller received ``StoreUnavailable``."""
         if isinstance(op, SettlingOperation):
             self._keep_fact(op)
         elif isinstance(op, Reserve):
             self._add(Entry(op, "look up", self._now_us))
-        # Else they are totals, which the caller's next request corrects.
+        # Other requests carry totals, which the caller's next request corrects.
 
     def take_over(self, request: Operation | Read | Command, *, maybe_executed: bool) -> None:
         """Queue a failed request whose caller is gone.
 
-        A settlement or report is sent until the store has it. A reservation is released if the store granted it to this
-        request; otherwise the store refuses this request from then on.
+        A settlement or report is sent until the store has executed it. For a reservation, a release is sent: it gives
+        back what the store has granted to this request, and makes the store refuse the request if it arrives later.
+
+        Args:
+            maybe_executed: whether the store may have executed the request. If not, a reservation needs no release.
         """
         if isinstance(request, Read):
             if request.prepares is not None:
@@ -101,7 +109,7 @@ class Replayer:
         return self._background.state.now_ms() * 1000
 
     def _keep_fact(self, op: SettlingOperation | Extend) -> None:
-        if isinstance(op, RecordSpend):  # whenever it arrives: for the window in which it was spent
+        if isinstance(op, RecordSpend):  # even if late, it counts in the window of the spend
             op = op.as_late()
         elif isinstance(op, Extend):  # the hold of a caller that is gone is not prolonged
             op = op.as_report()
@@ -114,8 +122,8 @@ class Replayer:
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> None:
-        """Send the outbox soon."""
-        # The end of a repair, and the first reply after an outage, drain it themselves.
+        """Plan a pass after a pause, if no pass is running or planned."""
+        # The end of a repair, and the first reply after an outage, start a pass themselves.
         busy = self._draining or self._repair.active or self._breaker.open
         if self._timer is None and not (busy or self._ended):
             assert self._background.loop is not None
@@ -130,13 +138,13 @@ class Replayer:
             self._begin()
 
     def stop(self) -> None:
-        """Stop sending the outbox until the next :meth:`schedule`."""
+        """Cancel the planned pass, until the next :meth:`schedule`."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
 
     def end(self) -> None:
-        """Stop for good; only an explicit :meth:`drain` sends the rest."""
+        """Plan no further pass. From now on, the outbox is sent only by a direct call of :meth:`drain`."""
         self._ended = True
         self.stop()
 
@@ -159,7 +167,7 @@ class Replayer:
     # -- sending -------------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Send the whole outbox once; stop when the store does not reply."""
+        """Send the whole outbox once; stop if the store does not reply."""
         async with self._lock:
             try:
                 for batch in self._batches(lambda entry: entry.kind == "by id"):
@@ -172,9 +180,10 @@ class Replayer:
                 logger.debug("outbox not drained: %s", error)
 
     def _batches(self, wanted: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
-        """Yield the wanted entries in batches, without those that have ended meanwhile.
+        """Yield the entries for which ``wanted`` returns true, in batches.
 
-        Drops requests that are too old to be resent safely: the store may have dropped their ids.
+        Entries that have ended meanwhile are left out. Requests that are too old to be resent safely are dropped,
+        because the store may have dropped their ids.
         """
         batch: list[Entry] = []
         for entry in self._outbox:
@@ -192,7 +201,7 @@ class Replayer:
         yield [each for each in batch if each in self._outbox]
 
     async def _read_holds(self, entries: list[Entry]) -> None:
-        """Read the holds of settlements and reports by id, and turn them into operations."""
+        """Read the holds to which settlements and reports by id refer, and turn these entries into operations."""
         for entry, record in await self._records(entries):
             assert isinstance(entry.request, PreparedFact)
             if record is None:
@@ -203,7 +212,10 @@ class Replayer:
                 entry.kind = _kind_of(entry.request)
 
     async def _records(self, entries: list[Entry]) -> list[tuple[Entry, HoldRecord | None]]:
-        """Read the records of the holds; leave out those that replicas may still replay."""
+        """Read the record of each entry's hold.
+
+        While replicas may still replay lost data, entries without a record are left out, because the hold may reappear.
+        """
         if not entries:
             return []
         state = self._background.state
@@ -225,19 +237,19 @@ class Replayer:
             if refuses_everything(error):
                 raise
             if len(entries) > 1:
-                for entry in entries:  # one that the store refuses holds up no other
+                for entry in entries:  # an entry that the store refuses does not stop the others
                     await self._send([entry] if entry in self._outbox else [])
             return
         except NO_REPLY as error:
             if not isinstance(error, Transient) or error.sent:
-                for entry in entries:  # from its first attempt on, the store drops its id after a day
+                for entry in entries:  # the store drops an id a day after the first attempt
                     entry.maybe_executed_us = entry.maybe_executed_us or sent_us
             raise
         if head.data_loss:
             self._repair.begin()
             return
         for entry, reply in zip(entries, replies, strict=True):
-            # Else not executed: its hold is not replayed yet; its window is missing, or is another key.
+            # Otherwise not executed: the hold is not replayed yet, or the window is missing or unreadable.
             if not isinstance(reply, (Recovering, MissingWindow, Unreadable)):
                 self._on_reply(entry, reply, head.now_us)
 

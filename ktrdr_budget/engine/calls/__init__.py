@@ -1,1 +1,1 @@
-"""One generator per call of the limiter: it yields operations and receives replies."""
+"""One generator per call of the limiter. Each generator yields operations and receives replies."""

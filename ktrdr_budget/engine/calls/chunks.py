@@ -1,4 +1,4 @@
-"""The calls that leases make."""
+"""The calls to the store that leases make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["LeaseCalls"]
 
 
 class LeaseCalls:
-    """Provides :class:`~..leases.lease.ChunkCalls`."""
+    """The implementation of :class:`~..leases.lease.ChunkCalls`."""
 
     def __init__(self, context: CallContext, timeout_s: float) -> None:
         self._context = context

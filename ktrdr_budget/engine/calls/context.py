@@ -2,9 +2,12 @@
 
 A call is a generator: it yields what to send to the store (:class:`~..protocol.operations.Operation`,
 :class:`~..protocol.requests.Read` or :class:`~..protocol.requests.Command`), receives the typed reply, and returns the
-result. It validates before it yields, so that bad input is refused before anything is sent. The reply to a read is used
-only if the store has lost no data, or if this replica has repaired it. Without a reply within the deadline,
-:class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share all calls.
+result. The generator validates before it yields, so that bad input is refused before anything is sent. The reply to a
+read is used only if the store has lost no data, or if this replica has repaired the loss. If there is no reply within
+the deadline, :class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share
+all calls.
+
+To retire a hold is to make an open hold unconfirmed, because its deadline has passed. Such a hold is *due*.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class CallContext:
     """The state that calls read and change.
 
     Args:
-        new_hold: makes the sync or async hold.
-        trace_id: the current trace, for the ledger; ``""`` without one.
+        new_hold: a function that makes a hold, sync or async like the limiter.
+        trace_id: a function that returns the id of the current trace, for the ledger; ``""`` if there is no trace.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class CallContext:
             InvalidArgument: a label is too long, or is not a text.
         """
         trace_id = self._trace_id()
-        if not owner and not operation and not trace_id:  # by far the most
+        if not owner and not operation and not trace_id:  # the usual case
             return _NO_LABELS
         return Labels(checked_label(owner), checked_label(operation), checked_label(trace_id))
 
@@ -106,9 +109,9 @@ class CallContext:
         return [(name, to_units(value, state.budget(name).unit, positive=positive)) for name, value in budget.items()]
 
     def release_later(self, hold_id: str, windows: Iterable[Window], request: str) -> None:
-        """Release a grant that no caller has received, once the store replies.
+        """Queue the release of a grant that no caller has received, to be sent once the store replies.
 
-        If the request arrives later, the store refuses it.
+        If the reservation arrives after the release, the store refuses the reservation.
         """
         op = release_unreceived(hold_id, self.state.keys.hold(hold_id), windows, request)
         if evicted := self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000)):
@@ -117,12 +120,16 @@ class CallContext:
     # -- holds by id ---------------------------------------------------------------------------------------------------
 
     def retire(self, due: Iterable[str]) -> Flow[None]:
-        """Make holds that are past their deadline unconfirmed."""
+        """Retire holds: make them unconfirmed, because their deadline has passed."""
         ids = list(due)
         yield from self.retire_records(dict(zip(ids, (yield from self.read_records(ids)), strict=True)))
 
     def retire_records(self, records: Mapping[str, HoldRecord | None]) -> Flow[None]:
-        """Make holds whose records were read unconfirmed if they are past their deadline."""
+        """Retire the holds that are past their deadline.
+
+        Args:
+            records: the records of the holds, which were read before; ``None`` for an unknown hold.
+        """
         for hold_id, record in records.items():
             windows = self.windows_of(record) if record else []
             try:
@@ -136,10 +143,10 @@ class CallContext:
         return parse_hold_records(items)
 
     def read_hold(self, hold_id: str, fact: PreparedFact | None = None) -> Flow[HoldRecord]:
-        """A hold's record, retired if it is due.
+        """Read the record of a hold. A hold past its deadline is retired first.
 
         Args:
-            fact: the settlement or report that the record is read for.
+            fact: the settlement or report that needs the record; ``None`` if no settlement or report needs it.
 
         Raises:
             UnknownHold: no hold has this id.
@@ -158,12 +165,15 @@ class CallContext:
             retired = True
 
     def offline_hold(self, hold_id: str) -> HoldBase | None:
-        """The hold of this id if it was granted without the store; else ``None``."""
+        """The hold with this id if the hold was granted offline, without the store; otherwise ``None``."""
         return self.policy.holds.get(hold_id)
 
 
 class DenialCache:
-    """When a denied caller can retry, per window; read once for all callers denied within a second."""
+    """A cache of the time at which a denied caller can retry, for each window.
+
+    The time is read once for all callers that are denied within a second.
+    """
 
     _LIFETIME_MS = 1_000
     _ENTRIES_MAX = 1_000
@@ -173,7 +183,7 @@ class DenialCache:
         """Per window key: the first deadline of any open hold at the time, the time of the look-up, and its result."""
 
     def get(self, window: Window, first_deadline_ms: int, now_ms: int) -> int | None:
-        """The cached deadline of this window, unless the hold with the first deadline has changed since."""
+        """The cached deadline of this window; ``None`` if there is none, or if the first deadline has changed since."""
         entry = self._entries.get(window.key)
         if entry is None or entry[0] != first_deadline_ms or not 0 <= now_ms - entry[1] < self._LIFETIME_MS:
             return None

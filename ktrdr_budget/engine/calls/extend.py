@@ -27,7 +27,11 @@ Totals = Mapping[str, int]
 
 
 def extend(context: CallContext, hold: HoldBase, ttl: float | None) -> Flow[None]:
-    """Send a heartbeat: a new deadline, and the accrued amount."""
+    """Send a heartbeat: a new deadline, and the accrued amount.
+
+    Args:
+        ttl: the seconds until the new deadline; ``None``: the ttl of the hold.
+    """
     ttl_ms = hold.ttl_ms if ttl is None else check_ttl_ms(ttl)
     flow = _send(context, _extension(context, hold, _accrued(hold), ttl_ms, ExtendMode.HEARTBEAT))
     yield from _extended(context, hold, flow, lambda: hold.parts, ttl_ms)
@@ -81,7 +85,7 @@ def _grow(context: CallContext, hold: HoldBase, more: Totals) -> Flow[HoldRecord
         try:
             grown, record = yield from _send_growth(context, op)
         except StoreUnavailable as error:
-            continues = context.policy.extends and not error.reached  # as if it had grown
+            continues = context.policy.extends and not error.reached  # as if the hold had grown
             if (error.ambiguous or is_retry) and not continues:
                 hold.in_doubt_growth = more, expected
             raise
@@ -93,12 +97,12 @@ def _grow(context: CallContext, hold: HoldBase, more: Totals) -> Flow[HoldRecord
 
 
 def report(context: CallContext, hold: HoldBase) -> Flow[HoldRecord]:
-    """Report the accrued amount of a hold that will not be settled, so that it expires with that amount."""
+    """Report the accrued amount of a hold that will not be settled, so that the hold expires with that amount."""
     return _send(context, _extension(context, hold, _accrued(hold), hold.ttl_ms, ExtendMode.REPORT))
 
 
 def report_units(context: CallContext, hold: HoldBase, accrued: int, ttl_ms: int) -> Flow[HoldRecord]:
-    """Heartbeat of a hold of one budget, with the whole units used."""
+    """Send a heartbeat for a hold of one budget, with the whole units accrued."""
     return _send(context, _extension(context, hold, [ExtendAmount(accrued)], ttl_ms, ExtendMode.HEARTBEAT))
 
 
@@ -127,8 +131,9 @@ def _extended(
     """Extend a hold in the store, or in this process if it was granted offline.
 
     Args:
-        parts: returns the hold's windows with the totals to reach, computed when the hold is extended.
-        ttl_ms: of a heartbeat; ``None`` for growth.
+        parts: a function that returns the windows of the hold, each with the total to reach. The function is called
+            when the hold is extended.
+        ttl_ms: the ttl of a heartbeat; ``None`` for growth.
     """
     if hold.offline is not None and hold.offline.extend(hold, parts, ttl_ms):
         flow.close()
@@ -147,7 +152,7 @@ def _extended(
     except UnknownHold:
         if hold.offline is None:
             raise
-        # The store does not have it: a heartbeat continues without, growth cannot.
+        # The store does not have the hold: a heartbeat is skipped, but growth is impossible.
         if parts() != hold.parts:
             raise StoreUnavailable(
                 f"hold {hold.id!r} was granted while the store was unreachable, so it cannot grow: "
@@ -162,7 +167,12 @@ def _extended(
 
 
 def extend_by_id(context: CallContext, hold_id: str, ttl: float | None, accrued: Amounts | None) -> Flow[HoldView]:
-    """Send a heartbeat by id; ``accrued`` is the total so far. Without a ttl, the deadline never becomes earlier."""
+    """Send a heartbeat for a hold, by its id.
+
+    Args:
+        ttl: the seconds until the new deadline; ``None``: the default ttl, which never makes the deadline earlier.
+        accrued: the total accrued so far; ``None``: the total in the store is kept.
+    """
     ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)
     check_name(hold_id, "id")
     check_amounts(accrued)
@@ -187,7 +197,10 @@ def extend_by_id(context: CallContext, hold_id: str, ttl: float | None, accrued:
 
 
 def grow_by_id(context: CallContext, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
-    """Raise the reservation to new totals, by id, in all budgets or in none; never lower it."""
+    """Raise the reservation of a hold to new totals, by its id.
+
+    The reservation is raised in all budgets or in none, and is never lowered.
+    """
     ttl_ms = check_ttl_ms(ttl)
     check_name(hold_id, "id")
     check_amounts(amounts)
@@ -206,13 +219,16 @@ def grow_by_id(context: CallContext, hold_id: str, amounts: Mapping[str, AmountI
 
 
 def _send(context: CallContext, op: Extend) -> Flow[HoldRecord]:
-    """Send an extension; return the hold after it."""
+    """Send an extension; return the record of the extended hold."""
     _, record = yield from _send_growth(context, op)
     return record
 
 
 def _send_growth(context: CallContext, op: Extend) -> Flow[tuple[bool, HoldRecord]]:
-    """Send growth; return false if it changed nothing because others have grown the hold."""
+    """Send an extension; return whether the store executed it, and the record of the hold.
+
+    Growth is not executed if others have grown the hold meanwhile.
+    """
     state = context.state
     rounds = 0
     while True:

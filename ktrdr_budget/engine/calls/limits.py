@@ -1,4 +1,4 @@
-"""Limits that are set at run time, and the migration of definitions."""
+"""Limits that are set at run time, and the migration of budget definitions."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def set_limit(context: CallContext, name: str, limit: AmountIn | None, until: datetime | str | None) -> Flow[Status]:
-    """Set a limit for all replicas."""
+    """Set the limit of a budget at run time, for all replicas.
+
+    Args:
+        until: when the limit ends; ``"window"``: at the end of the current window; ``None``: never.
+    """
     budget = context.state.budget(name)
     units = None if limit is None else to_units(limit, budget.unit, round_down=True)
     if until is not None and until != "window" and (not isinstance(until, datetime) or until.utcoffset() is None):
         raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {shown(until)}")
     while True:
-        yield from status(context, [name])  # sets the store's clock, which decides on the window and on the past
+        yield from status(context, [name])  # reads the store's clock, by which _until_ms judges the time
         until_ms = _until_ms(context, budget, until)
         changed_us = yield from _change_limit(context, budget, units, until_ms)
         context.state.journal.limit_changed(budget, units, until_ms, changed_us)
@@ -49,7 +53,7 @@ def set_limit(context: CallContext, name: str, limit: AmountIn | None, until: da
 
 
 def clear_limit(context: CallContext, name: str) -> Flow[Status]:
-    """Return to the configured limit."""
+    """Clear the limit that was set at run time, so that the configured limit applies again."""
     budget = context.state.budget(name)
     changed_us = yield from _change_limit(context, budget, None, 0, clear=True)
     context.state.journal.limit_cleared(budget, changed_us)
@@ -59,7 +63,7 @@ def clear_limit(context: CallContext, name: str) -> Flow[Status]:
 def _change_limit(
     context: CallContext, budget: Budget, units: int | None, until_ms: int, *, clear: bool = False
 ) -> Flow[int]:
-    """Set or clear a limit; return the store's time of the change in microseconds."""
+    """Set or clear a limit; return when the limit changed, by the store's clock, in microseconds."""
     keys = context.state.keys
     reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, clear=clear)
     result = parse_set_limit(reply, budget.name)
@@ -81,7 +85,10 @@ def _until_ms(context: CallContext, budget: Budget, until: datetime | str | None
 
 
 def migrate(context: CallContext, name: str) -> Flow[Migration]:
-    """Replace the registered definition of a budget by this replica's; change nothing if they are the same."""
+    """Replace the registered definition of a budget by the definition of this replica.
+
+    If both definitions are the same, nothing changes.
+    """
     state = context.state
     budget, keys = state.budget(name), state.keys
     before: str | None = None
@@ -90,7 +97,7 @@ def migrate(context: CallContext, name: str) -> Flow[Migration]:
         registered = parse_text(items)
         there = _registered_budget(budget, registered)
         before = (registered and there.identity) if before is None else before
-        if registered == budget.definition:  # it was before, or this call has done it and the reply was lost
+        if registered == budget.definition:  # from the start, or by an attempt whose reply was lost
             return Migration(name, before or None, budget.identity)
         span = window_at(there.period, there.timezone, head.now_ms)
         window = keys.window(name, stored_window(span.name, there.definition))

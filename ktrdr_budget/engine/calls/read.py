@@ -30,10 +30,13 @@ _PAGE_MAX = 1000
 
 
 def status(context: CallContext, names: Sequence[str], *, complete: bool = False) -> Flow[list[Status]]:
-    """Read budgets; make holds past their deadline unconfirmed first, so that the figures show them as such.
+    """Read the figures of budgets.
+
+    Holds past their deadline are made unconfirmed first, so that the figures count these holds as unconfirmed.
 
     Args:
-        complete: wait while replicas may still replay data that the store has lost.
+        complete: whether to wait while replicas may still replay data that the store has lost. If not, the figures may
+            lack that data.
 
     Raises:
         DefinitionConflict: another definition of a budget is registered.
@@ -47,7 +50,7 @@ def status(context: CallContext, names: Sequence[str], *, complete: bool = False
 
 
 def statuses(context: CallContext, *, complete: bool = False) -> Flow[Statuses]:
-    """Read all budgets; one whose figures are unknown does not hide the others."""
+    """Read the figures of all budgets. A budget whose figures are unknown does not hide the others."""
     budgets = context.state.budgets
     found = yield from _read_budgets(context, [*budgets.values()], complete)
     unavailable = {name: each for name, each in zip(budgets, found, strict=True) if not isinstance(each, Status)}
@@ -116,7 +119,7 @@ def holds(context: CallContext, name: str, limit: int, cursor: str | None) -> Fl
     budget = state.budget(name)
     page_size(limit)
     index, offset = holds_cursor(cursor)
-    yield from _read_budgets(context, [budget], False)  # retires holds that are due, though figures may be unknown
+    yield from _read_budgets(context, [budget], False)  # makes holds past their deadline unconfirmed
     found: list[HoldView] = []
     indexes = (state.keys.due, state.keys.unconfirmed)
     while index < len(indexes):
@@ -142,7 +145,11 @@ def _is_listed(record: HoldRecord, name: str) -> bool:
 def ledger(
     context: CallContext, name: str, window: str | None, limit: int, cursor: str | None
 ) -> Flow[Page[LedgerEntry]]:
-    """Read a window's ledger, newest first; the current window by default."""
+    """Read the ledger of a window, newest entry first.
+
+    Args:
+        window: the name of the window; ``None``: the current window.
+    """
     state = context.state
     budget = state.budget(name)
     page_size(limit)

@@ -24,14 +24,17 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def begin(context: CallContext, shown_store: str) -> Flow[None]:
-    """Prepare the outage policy; connect to the store, and log a warning if it may evict budgets."""
+    """Prepare the outage policy, and connect to the store.
+
+    If the store may evict budgets, a warning is logged.
+    """
     context.policy.begin()
     yield from status(context, [])
     yield from warn_of_eviction(context, shown_store)
 
 
 def check(context: CallContext) -> Flow[dict[str, str | None]]:
-    """The faults of the store by check; ``None`` for a check that passes."""
+    """Check the store; return, for each check, the fault found, or ``None`` if the check passes."""
     try:
         store_fault, scripts_fault = yield from _trial_faults(context)
         policy_fault = yield from _policy_fault()
@@ -70,7 +73,7 @@ def _trial_faults(context: CallContext) -> Flow[tuple[str | None, str | None]]:
 
 
 def warn_of_eviction(context: CallContext, shown_store: str) -> Flow[None]:
-    """Log a warning if the store may evict budgets; log nothing if its policy cannot be read."""
+    """Log a warning if the store may evict budgets; log nothing if the eviction policy cannot be read."""
     context.state.policy_checked = True
     try:
         fault = eviction_fault(parse_eviction_policy((yield info_memory())))

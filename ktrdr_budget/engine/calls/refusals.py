@@ -70,9 +70,13 @@ def _first_return_ms(context: CallContext, window: Window, op: Operation, first_
 
 
 def _search_first_deadline(context: CallContext, window: Window, but: str, now_ms: int) -> Flow[int]:
-    """The first deadline of an open hold of a window, other than ``but``; 0 if none is found among the earliest holds.
+    """The first deadline of an open hold of a window; 0 if none is found.
 
-    For a window without end, the last deadline among those holds is returned instead of 0.
+    Only the holds of the tenant with the earliest deadlines are searched, at most :data:`HOLDS_SEARCHED`. If there may
+    be more holds and the window has no end, the last deadline among the searched holds is returned instead of 0.
+
+    Args:
+        but: the id of a hold that is ignored.
     """
     state = context.state
     try:

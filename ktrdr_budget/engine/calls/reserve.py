@@ -30,7 +30,7 @@ def reserve(
     operation: str,
     owner: str,
 ) -> Flow[Any]:
-    """Hold the amounts, all or none; return the hold."""
+    """Reserve the amounts, all or none; return the hold."""
     wanted = context.wanted(budget, amount)
     context.policy.begin()
     has_own_id = hold_id is not None
@@ -42,7 +42,7 @@ def reserve(
         raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}") from None
     if has_own_id and (known := _offline_replay(context, hold_id, wanted, policy, ttl_ms)) is not None:
         return known
-    # An id that was made for this request names it. The caller's own may be in use by others.
+    # A generated id also names the request. Other requests may use an id that the caller chose.
     request = context.state.new_id() if has_own_id else ""
     labels = context.labels(owner, operation)
     return (yield from reserve_units(context, wanted, hold_id, ttl_ms, policy, labels, request))
@@ -59,11 +59,11 @@ def reserve_units(
     *,
     store_only: bool = False,
 ) -> Flow[Any]:
-    """Hold whole units, all or none; return the hold.
+    """Reserve whole units, all or none; return the hold.
 
     Args:
-        request: names this request if the caller chose the id; else empty.
-        store_only: never grant it offline.
+        request: a name for this request if the caller chose the id of the hold; empty if the id was generated.
+        store_only: whether only the store may grant the hold. If not, the outage policy may grant it offline.
     """
     state = context.state
     key = state.keys.hold(hold_id)
@@ -76,14 +76,14 @@ def reserve_units(
         try:
             reply, head = yield op
         except StoreUnavailable as error:
-            # Only a store that cannot be reached lets the policy grant: not an error, nor one that is not ready.
+            # The policy may grant only if the store cannot be reached, not if the store replies with an error.
             if not error.reached and not store_only:
-                known = _offline_replay(context, hold_id, wanted, policy, ttl_ms)  # granted while this waited
+                known = _offline_replay(context, hold_id, wanted, policy, ttl_ms)  # granted meanwhile
                 offline = OfflineReservation(hold_id, parts, ttl_ms, policy, labels, request, error.ambiguous)
                 hold = known or context.policy.reserve(offline)
                 if hold is not None:
                     return hold
-            if not request and error.ambiguous:  # it may be granted, under an id that no caller has
+            if not request and error.ambiguous:  # the hold may be granted, and no caller knows its id
                 context.release_later(hold_id, op.windows, request)
             raise
         if isinstance(reply, Granted):
@@ -104,12 +104,12 @@ def reserve_units(
                 parts = context.parts_of(record)
                 deadline_ms = record.deadline_ms
                 hold = context.new_hold(hold_id, parts, ttl_ms, deadline_ms, record=record, request=record.request)
-                # A hold that an earlier attempt of this very request was granted is no replay to it.
+                # A hold that was granted to an earlier attempt of this request is not a replay.
                 hold.replayed = record.request != request or record.unreceived
                 return hold
             yield from context.retire_records({hold_id: record})
         elif isinstance(reply, Conflict) and reply.is_tombstone:
-            yield Release(hold_id, key, op.windows, ReleaseMode.LIFT)  # it was left for another request
+            yield Release(hold_id, key, op.windows, ReleaseMode.LIFT)  # the tombstone is to refuse another request
         elif not isinstance(reply, StaleWindow):
             raise (yield from refusal(context, op, reply, head.now_us))
 
@@ -117,10 +117,10 @@ def reserve_units(
 def _offline_replay(
     context: CallContext, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int
 ) -> HoldBase | None:
-    """The current state of the hold with this id if it was granted offline; ``None`` if none was (P3).
+    """A copy of the hold with this id if the hold was granted offline, otherwise ``None`` (P3).
 
     Raises:
-        HoldConflict: the id was granted with other contents.
+        HoldConflict: the hold with this id has other contents.
     """
     known = context.offline_hold(hold_id)
     if known is None:
@@ -141,7 +141,10 @@ def _offline_replay(
 
 
 def release_grant(context: CallContext, hold: HoldBase) -> Flow[None]:
-    """Release a grant that its caller has not received, now or once the store replies."""
+    """Release a grant that the caller has not received.
+
+    If the store does not reply now, the release is sent again once the store replies.
+    """
     state, windows = context.state, hold.window_list
     op = release_unreceived(hold.id, state.keys.hold(hold.id), windows, hold.request)
     try:

@@ -48,8 +48,8 @@ _AMOUNTS_SHOWN = 3
 def denial(window: Window, denied: Denied, now_us: int, unit: str) -> Denial:
     """The denial of a request for which a window has no room.
 
-    The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
-    once all open holds were returned, else ``budget_exhausted``.
+    The reason is ``exceeds_limit`` if even an empty window has no room for the request. The reason is ``budget_held`` if
+    the request would fit once all open holds were released. Otherwise, it is ``budget_exhausted``.
     """
     limit = MAX_UNITS - 1 if denied.limit is None else denied.limit
     spent, held, unconfirmed, requested = denied.spent, denied.held, denied.unconfirmed, denied.requested
@@ -81,7 +81,7 @@ def denial(window: Window, denied: Denied, now_us: int, unit: str) -> Denial:
 
 
 def _retry_after_s(reason: str, end_ms: int | None, deadline_ms: int, now_us: int) -> int | None:
-    """Whole seconds, rounded up; ``None`` when waiting cannot help."""
+    """Seconds until a retry may succeed, rounded up; ``None`` if waiting cannot help."""
     if reason == "exceeds_limit":
         return None
     candidates = [] if end_ms is None else [end_ms]
@@ -112,7 +112,7 @@ def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budg
     released``.
 
     Args:
-        record: the hold as the store has it.
+        record: the record of the hold in the store.
         budgets: the configured budgets, for their units.
     """
     settled = record.state in (codes.COMMITTED, codes.RECORDED)
@@ -153,7 +153,7 @@ def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budg
 
 
 def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
-    """Whole units with their unit, per budget: ``$0.07``, or ``agent $0.07, tokens 3 tokens``."""
+    """A text of amounts: ``$0.07`` for one budget, ``agent $0.07, tokens 3 tokens`` for several budgets."""
     shown_amounts = {name: format_amount(from_units(units, unit), unit) for name, (units, unit) in amounts.items()}
     if len(shown_amounts) == 1:
         return next(iter(shown_amounts.values()))
@@ -163,7 +163,7 @@ def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
 
 
 def amounts_of(windows: Sequence[Window], units: Sequence[int]) -> dict[str, Amount]:
-    """The amounts of a settlement, per budget; all 0 if it names none."""
+    """The amounts of a settlement, per budget; all 0 if ``units`` is empty."""
     if len(units) != len(windows):  # the release of a hold that the store does not have
         units = (0,) * len(windows)
     return {window.budget: from_units(amount, window.unit) for window, amount in zip(windows, units, strict=True)}
@@ -180,14 +180,14 @@ def status_of(
     repaired_ms: int,
     claim: tuple[int, str],
 ) -> Status:
-    """A window's figures; an untouched one reads as 0 spent.
+    """The status of a budget in one window. In a window without any request, 0 is spent.
 
-    The limit in force is the configured one of the replica that started last. If this replica did, its limit is shown
-    even before a reservation has written it to the store.
+    If no limit is set at run time, the configured limit of the replica that started last is in force. If that is this
+    replica, its limit is shown even before a reservation has written the limit to the store.
 
     Args:
         repaired_ms: until when replicas may replay lost data; 0: no replay is pending.
-        claim: when this replica started, and its id.
+        claim: the time at which this replica started, and the id of this replica.
 
     Raises:
         DefinitionConflict: another definition of the budget is registered, so these figures are unknown.
@@ -233,7 +233,7 @@ def status_of(
 
 
 def eviction_fault(policy: str) -> str | None:
-    """The fault of an eviction policy; ``None`` for ``noeviction``."""
+    """The fault of an eviction policy that may evict budgets; ``None`` for ``noeviction``."""
     if policy == "noeviction":
         return None
     return f"maxmemory-policy is {policy}; it must be noeviction, or budgets may vanish"
@@ -243,7 +243,7 @@ def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str 
     """The faults of the store and of its scripts, derived from the commands that the store refused.
 
     Args:
-        refused: an empty error means that the store's user lacks the permission.
+        refused: each refused command with its error. If the error is empty, the store's user lacks the permission.
     """
     store_fault, by_error = None, dict[str, list[str]]()
     for command, error in refused:
@@ -262,14 +262,14 @@ def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str 
 
 
 def page_size(limit: int) -> int:
-    """The number of items of a page: 1 to 1000."""
+    """Check the number of items of a page, which is 1 to 1000."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
         raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {shown(limit)}")
     return limit
 
 
 def holds_cursor(cursor: str | None) -> tuple[int, int]:
-    """The index of holds, and the offset in it."""
+    """Parse a cursor: the number of an index of holds, and an offset in that index."""
     if cursor is None:
         return 0, 0
     if not isinstance(cursor, str) or not (found := re.fullmatch(r"([01])-(\d{1,9})", cursor, re.ASCII)):

@@ -34,8 +34,8 @@ _UNKNOWN = "unknown hold: settled more than 24 h ago, or never granted"
 
 
 def commit(context: CallContext, hold: HoldBase, amount: Amounts | None) -> Flow[Settlement]:
-    """Commit ``amount``, or the accrued amount without one."""
-    if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)):  # by far the most
+    """Commit ``amount``; if it is ``None``, commit the accrued amount."""
+    if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)):  # the usual case
         window, _ = hold.parts[0]
         if window.flag != codes.SLOTS:
             return _settle(context, hold, [CommitAmount(CommitMode.EXACT, to_units(amount, window.unit))])
@@ -56,8 +56,12 @@ def release(context: CallContext, hold: HoldBase) -> Flow[Settlement]:
 
 
 def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError) -> Flow[Any] | None:
-    """The settlement to run at the end of ``with limiter.hold(...)``; ``None`` if none is needed."""
-    if hold.settled or hold.settling:  # a settlement that was begun completes, though its caller was cancelled
+    """The settlement or report to send at the end of ``with limiter.hold(...)``; ``None`` if none is needed.
+
+    Args:
+        failed: whether the block has raised an exception.
+    """
+    if hold.settled or hold.settling:  # a settlement completes even if its caller is cancelled
         return None
     if hold.uncertain_commit is not None:
         return _settle(context, hold, hold.uncertain_commit)
@@ -66,24 +70,24 @@ def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError)
     if not failed and not hold.drawn:
         reserved = [CommitAmount(CommitMode.RESERVED, units) for _, units in hold.parts]
         return _settle_unless_settled(context, hold, reserved)
-    # Metered calls were made or denied here, and cost nothing: that is the cost.
+    # Metered calls were made or denied in this block, and cost nothing: nothing is to be committed.
     return None if failed and on_error == "charge" else _settle_unless_settled(context, hold, None)
 
 
 def _report(context: CallContext, hold: HoldBase) -> Flow[Any]:
-    """Report the accrued amount of a hold that will expire; at expiry it is charged at least that.
+    """Report the accrued amount of a hold that will expire. When the hold expires, at least that amount is charged.
 
     Raises:
-        StoreUnavailable: no reply, under any outage policy; the limiter resends the report.
+        StoreUnavailable: the store did not reply. The outage policy is not applied; the limiter resends the report.
     """
     if hold.offline is None:
         hold.update((yield from report(context, hold)))
-    elif not hold.cap_checked:  # the store does not have it, and nothing would expire there
+    elif not hold.cap_checked:  # the store does not have the hold, so nothing would expire there
         yield from commit(context, hold, None)
 
 
 def _settle_unless_settled(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Any]:
-    """Settle a hold unless another client has settled it by its id."""
+    """Settle a hold, if no other client has settled the hold by its id."""
     try:
         yield from _settle(context, hold, amounts)
     except HoldConflict as error:
@@ -93,7 +97,7 @@ def _settle_unless_settled(context: CallContext, hold: HoldBase, amounts: Sequen
 
 
 def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Settlement]:
-    """Commit these amounts, or release (``None``)."""
+    """Commit these amounts; if they are ``None``, release the hold."""
     if hold.busy:
         raise HoldConflict(
             f"metered calls inside hold {hold.id!r} are in progress: settle it after they have ended, or leave its "
@@ -116,7 +120,7 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
 def _settling_operation(
     context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None
 ) -> SettlingOperation | Settlement:
-    """The operation that settles a hold; for an offline hold, the settlement itself."""
+    """The operation that settles a hold; or the settlement, if the outage policy settles an offline hold at once."""
     state, remark = context.state, hold.remark
     if hold.offline is not None:
         return hold.offline.settle(hold, amounts, remark)
@@ -171,7 +175,7 @@ def _send(
         return context.policy.defer(first, ambiguous=error.ambiguous)
     if not isinstance(reply, Settled):
         if isinstance(reply, UnknownHoldReply) and is_offline and op.is_release:
-            # The store does not have it, and so has nothing to give back.
+            # The store does not have the hold, so there is nothing to give back.
             return Settlement(hold_id, "released", amounts_of(op.windows, op.units))
         if isinstance(reply, UnknownHoldReply) and not op.is_release:
             logger.error("commit of hold %s not recorded: %s; %s", hold_id, _UNKNOWN, amounts_of(op.windows, op.units))
@@ -190,7 +194,11 @@ def _send(
 
 
 def _is_lost(context: CallContext, hold: HoldBase) -> bool:
-    """Whether the store has lost the hold: it was granted in another epoch, and a settled hold would still be known."""
+    """Whether the store has lost a hold that it does not know.
+
+    If the hold was granted in the current epoch, the store has lost nothing. If the hold is old, the store may have
+    dropped the record of its settlement.
+    """
     oldest_us = (context.state.now_ms() - AGE_MAX_MS) * 1000
     return hold.offline is None and hold.granted_in != context.state.epoch and hold.created_us > oldest_us
 
@@ -203,8 +211,12 @@ def settle_by_id(
 ) -> Flow[Settlement]:
     """Commit or release a hold of any process, by its id.
 
-    If the hold is unconfirmed, its worker can still commit it after a release by id, because the releasing client may
-    be another one.
+    After a release by id of an unconfirmed hold, the worker can still commit the hold, because the client that released
+    the hold may not be the worker.
+
+    Args:
+        released: whether the hold is released. If not, ``amount`` is committed.
+        by_operator: whether an operator, not a client, releases the hold.
     """
     check_name(hold_id, "id")
     if not released:
@@ -232,7 +244,7 @@ def settle_by_id(
         raise
     except StoreUnavailable:
         journalled = context.state.journal.open_hold(hold_id) if context.policy.defers else None
-        if journalled is None:  # its windows are not known here
+        if journalled is None:  # the windows of the hold are not known here
             raise
         record = journalled
     return (yield from _send(context, settlement_of(record), context.parts_of(record)))
@@ -248,7 +260,7 @@ def record(
     hold_id: str | None,
     operation: str,
 ) -> Flow[Settlement]:
-    """Record spend without a reservation; never refused for lack of budget."""
+    """Record spend without a reservation. A record is never refused for lack of budget."""
     state = context.state
     wanted = context.wanted(budget, amount, positive=False)
     for name, _ in wanted:

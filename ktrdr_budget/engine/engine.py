@@ -1,4 +1,4 @@
-"""The engine of a limiter: its parts, put together. Sync and async limiters hold one each."""
+"""The engine of a limiter: it creates and connects the parts. Each limiter, sync or async, has one engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POLICIES: dict[str, type[OutagePolicy]] = {"deny": OutagePolicy, "allow": Allow
 
 
 on_creation: list[Callable[[Engine], None]] = []
-"""Called with each new engine of this process; for tests."""
+"""Callbacks that receive each new engine of this process; for tests."""
 
 
 class Engine:
@@ -77,7 +77,7 @@ class Engine:
             callback(self)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Change the deadline of calls, from the next call on."""
+        """Change the deadline of all later calls."""
         self.dispatcher.timeout_s = self.dispatcher.background.timeout_s = self.lease_calls.timeout_s = timeout_s
 
     def _report_loss(self) -> None:

@@ -58,7 +58,7 @@ class _Portal:
         """Futures that threads wait for."""
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop.
+        """The running event loop; started if necessary.
 
         Raises:
             RuntimeError: the loop is closed.
@@ -82,7 +82,7 @@ class _Portal:
         self._loop, self._pid = loop, os.getpid()
 
     def wait(self, future: concurrent.futures.Future[Any], callback: Callable[..., object], *args: Any) -> Any:
-        """Run a callback on the loop, and wait for the future that it resolves.
+        """Run a callback on the loop, and wait for the future that the callback resolves.
 
         Raises:
             RuntimeError: the loop is closed, or is closed before the future is resolved.
@@ -91,7 +91,7 @@ class _Portal:
         waiting = self._waiting
         waiting.add(future)
         try:
-            # A close removes the loop first, and fails the waiting futures last: one of both sees the other.
+            # A close removes the loop first and fails the waiting futures last: this check or the close raises.
             if self._loop is not loop:
                 raise _closed_error()
             try:
@@ -103,12 +103,12 @@ class _Portal:
             waiting.discard(future)
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        """Run a callback on the loop, unless the loop is closed."""
+        """Run a callback on the loop. Do nothing if the loop is closed."""
         with suppress(RuntimeError):
             self.loop().call_soon_threadsafe(callback, *args)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine on the loop, and wait; errors as for :meth:`wait`."""
+        """Run a coroutine on the loop, and return its result. Raises the same errors as :meth:`wait`."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         try:
             return self.wait(future, _run_task, work, future)
@@ -117,7 +117,7 @@ class _Portal:
                 work.close()
 
     def stop(self) -> None:
-        """End the thread; callers that still wait receive an error."""
+        """End the thread. Callers that still wait receive an error."""
         with _starting:
             self._closed_pid = os.getpid()
             loop, thread = self._loop, self.thread
@@ -154,7 +154,7 @@ async def _end() -> None:
 
 
 class SyncRunner:
-    """Runs calls in the background, and waits for them."""
+    """Runs the calls of a sync limiter on an event loop in the background, while the calling thread waits."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -166,7 +166,7 @@ class SyncRunner:
         return self._run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Result:
-        """Run a settlement whose caller cannot retry it; the limiter resends it after a lost reply."""
+        """Run a settlement that its caller cannot retry. After a lost reply, the limiter resends the settlement."""
         return self._run(flow, operation, kept=True)
 
     def _run(self, flow: Flow[Result], operation: str, *, kept: bool = False) -> Result:
@@ -201,7 +201,7 @@ class SyncRunner:
         self.portal.run(self._engine.store.open())
 
     def close(self) -> None:
-        """Finish calls in flight, within twice the deadline, and disconnect; other threads receive an error."""
+        """Finish calls in flight, within twice the deadline, and disconnect. Waiting threads receive an error."""
         try:
             self._close()
         except RuntimeError as error:
@@ -219,7 +219,7 @@ class SyncRunner:
                 self.portal.stop()
 
     def start_heartbeat(self, hold: HoldBase) -> Callable[[], object]:
-        """Extend a hold at a third of its ttl; return the function that stops this."""
+        """Extend a hold whenever a third of its ttl has passed. Return the function that stops these heartbeats."""
         self.portal.loop()  # raises if the limiter is closed
         started: list[Heartbeat] = []
 
@@ -227,21 +227,21 @@ class SyncRunner:
             for heartbeat in started:
                 heartbeat.stop()
 
-        # The thread runs both in order, so that neither needs to wait for it.
+        # The thread runs start and stop in order, so that neither needs to wait for the thread.
         self.portal.call_soon(lambda: started.append(Heartbeat(self._dispatcher, hold)))
         return partial(self.portal.call_soon, stop)
 
     def open_lease(self, lease: LeaseBase) -> None:
-        """Open a lease with a first chunk."""
+        """Open a lease, and wait for its first chunk."""
         self.portal.run(lease.opened())
 
     def close_lease(self, lease: LeaseBase) -> None:
-        """Settle the chunks of a lease."""
+        """Close a lease, and wait until its chunks are settled."""
         if lease.belongs_here:
             self.portal.run(lease.closed())
 
     def acquire(self, lease: LeaseBase, units: int) -> Grant:
-        """Wait for room in a lease."""
+        """Wait until a lease has room, and return the grant."""
         future: concurrent.futures.Future[Grant] = concurrent.futures.Future()
         try:
             return self.portal.wait(future, lease.wait, units, future)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Runs the calls of an async limiter; :mod:`.portal` does the same for a sync one, without ``await``."""
+"""Runs the calls of an async limiter. :mod:`.portal` runs those of a sync limiter, whose callers do not ``await``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AsyncRunner:
         return self._dispatcher.run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
-        """Run a settlement whose caller cannot retry it; the limiter resends it after a lost reply."""
+        """Run a settlement that its caller cannot retry. After a lost reply, the limiter resends the settlement."""
         return self._dispatcher.run(flow, operation, kept=True)
 
     async def open(self) -> None:
@@ -39,13 +39,16 @@ class AsyncRunner:
         await self._engine.store.open()
 
     async def close(self) -> None:
-        """Finish calls in flight, within twice the deadline, and disconnect; a cancelled caller waits for it."""
+        """Finish calls in flight, within twice the deadline, and disconnect.
+
+        If the caller is cancelled, the cancellation is raised after the close.
+        """
         closing = asyncio.get_running_loop().create_task(self._close())
         cancelled: asyncio.CancelledError | None = None
         while not closing.done():
             try:
                 await asyncio.wait({closing})
-            except asyncio.CancelledError as error:  # perhaps at each await; calls in flight complete anyway
+            except asyncio.CancelledError as error:  # may be raised at each await; calls in flight complete anyway
                 cancelled = error
         closing.result()
         if cancelled is not None:
@@ -57,19 +60,19 @@ class AsyncRunner:
         await self._dispatcher.close()
 
     def start_heartbeat(self, hold: HoldBase) -> Callable[[], object]:
-        """Extend a hold at a third of its ttl; return the function that stops this."""
+        """Extend a hold whenever a third of its ttl has passed. Return the function that stops these heartbeats."""
         return Heartbeat(self._dispatcher, hold).stop
 
     async def open_lease(self, lease: LeaseBase) -> None:
-        """Open a lease with a first chunk."""
+        """Open a lease, and wait for its first chunk."""
         await lease.opened()
 
     async def close_lease(self, lease: LeaseBase) -> None:
-        """Settle the chunks of a lease."""
+        """Close a lease, and wait until its chunks are settled."""
         await lease.closed()
 
     async def acquire(self, lease: LeaseBase, units: int) -> Grant:
-        """Wait for room in a lease."""
+        """Wait until a lease has room, and return the grant."""
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         lease.wait(units, future)
         try:

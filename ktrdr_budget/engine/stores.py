@@ -24,10 +24,10 @@ def store_for(
     """Create the store of a limiter.
 
     Args:
-        url: ``None`` is the embedded server.
-        data_dir: the embedded server's data directory.
-        key: any key of the tenant.
-        credential_provider: called at each connection; ``None``: the login, if any, is in the URL.
+        url: the URL of the store; ``None`` for the embedded server.
+        data_dir: the embedded server's data directory; not used with a URL.
+        key: any key of the tenant, which determines the slot in a cluster.
+        credential_provider: provides the login at each connection; if ``None``, the URL contains the login, if any.
 
     Raises:
         InvalidArgument: the URL or the provider is not usable.
@@ -42,7 +42,7 @@ def store_for(
 
 
 class EmbeddedStore(Store):
-    """A store on the embedded server of a data directory, started or joined at the first connection."""
+    """A store on an embedded server. The first connection starts the server of the data directory, or joins it."""
 
     def __init__(self, data_dir: str | None) -> None:
         super().__init__(None)
@@ -83,7 +83,7 @@ class EmbeddedStore(Store):
         return super().forget()
 
     def failure(self, error: Exception) -> Exception:
-        """See :class:`Store`. Restarts the server if its supervisor has died as well."""
+        """See :class:`Store`. If the server and its supervisor have died, a connection failure starts both again."""
         translated = super().failure(error)
         if isinstance(translated, Transient):
             self._restart()

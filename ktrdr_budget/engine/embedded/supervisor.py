@@ -1,4 +1,7 @@
-"""The supervisor: one small process per data directory that keeps its embedded server running, and stops it.
+"""The supervisor: a small process for one data directory, which keeps the embedded server running and stops it.
+
+The *starter* is the user process that starts the supervisor. To *adopt* a server is to take over a running server that
+an earlier supervisor has started.
 
 Locks (``flock``) in the data directory say which processes are alive. The kernel releases a lock when its last holder
 dies, however it dies, so no lock becomes stale, and no stored process id is trusted:
@@ -50,7 +53,7 @@ _STOP_TIMEOUT_S = 30.0
 _STEADY_S = 5.0
 """A server that ran this long did not die at its start; its next restart is immediate."""
 _BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
-"""The delay before a start, by the number of consecutive servers that died earlier than that."""
+"""The delay before a start, by the number of consecutive servers that died before :data:`_STEADY_S`."""
 _FAILED_STARTS_MAX = 5
 _LOG_BYTES_MAX = 1 << 20
 
@@ -61,7 +64,10 @@ def open_lock(data_dir: StrPath, name: str) -> int:
 
 
 def try_lock(data_dir: StrPath, name: str, *, shared: bool = False) -> int | None:
-    """Acquire a lock without waiting; return its descriptor, whose closing releases it, or ``None`` if it is held."""
+    """Acquire a lock without waiting, and return its descriptor. Return ``None`` if the lock is held.
+
+    The lock is released when the descriptor is closed.
+    """
     import fcntl  # not at the top: this module must be importable on Windows, where it cannot run
 
     fd = open_lock(data_dir, name)
@@ -86,7 +92,10 @@ def wait_lock(data_dir: StrPath, name: str) -> int:
 
 
 def query(socket_path: StrPath, command: bytes) -> bytes | None:
-    """Send an inline command; return the start of the reply, ``b""`` if the server hung up, ``None`` without one."""
+    """Send an inline command, and return the start of the reply.
+
+    Return ``b""`` if the server closed the connection, and ``None`` if no server replied.
+    """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PING_TIMEOUT_S)
         connection.connect(os.fspath(socket_path))
@@ -96,12 +105,12 @@ def query(socket_path: StrPath, command: bytes) -> bytes | None:
 
 
 def is_ready(socket_path: StrPath) -> bool:
-    """Whether a server replies there and has loaded its data (until then it replies ``-LOADING``)."""
+    """Whether a server replies at the socket and has loaded its data. While loading, a server replies ``-LOADING``."""
     return (query(socket_path, b"PING") or b"").startswith(b"+PONG")
 
 
 def log_tail(data_dir: StrPath, *, offset: int = 0, lines: int = 3) -> str:
-    """The last lines of the server's log from a byte offset on, joined into one line; empty without a log."""
+    """The last lines of the server's log after a byte offset, joined into one line. Empty if there is no log."""
     try:
         with open(os.path.join(data_dir, LOG), "rb") as log:
             log.seek(max(offset, log.seek(0, os.SEEK_END) - 4096))
@@ -149,7 +158,7 @@ class Supervisor:
         self.report(f"the server did not start: {log_tail(self._data_dir, offset=self._log_offset)}")
 
     def report(self, text: str) -> None:
-        """Send the report to the starter, once; the starter may have died."""
+        """Send a report to the starter, which may have died. Only the first report is sent."""
         if self._report_fd is None:
             return
         with contextlib.suppress(BrokenPipeError):
@@ -197,7 +206,7 @@ class Supervisor:
         return False
 
     def _await_ready(self) -> bool:
-        """Wait until the server replies; ``False`` if it died before, or if its last user has left."""
+        """Wait until the server replies. Return false if the server died before, or if its last user has left."""
         while not self._stopping.wait(_READY_POLL_S):
             if is_ready(self._socket_path):
                 return True
@@ -206,7 +215,7 @@ class Supervisor:
         return False
 
     def _await_death(self) -> bool:
-        """Block until no server is alive, own child or adopted; return whether a child exited without being killed."""
+        """Wait until the server has died. Return whether the server was a child of this process and was not killed."""
         os.close(wait_lock(self._data_dir, SERVER_LOCK))
         exited = False
         with self._mutex:
@@ -227,7 +236,7 @@ class Supervisor:
         query(
             self._socket_path, b"SHUTDOWN"
         )  # stops it at once; it handles a signal only at its next tick, every 0.1 s
-        self._signal(signal.SIGTERM)  # it may be too busy, or still loading, to reply
+        self._signal(signal.SIGTERM)  # the server may be too busy to reply, or still loading
         if not self._server_died.wait(_STOP_TIMEOUT_S):
             self._signal(signal.SIGKILL)
             # An adopted server that hangs cannot be killed safely; the next supervisor adopts it again.
@@ -245,7 +254,7 @@ def _backoff_s(early_deaths: int) -> float:
 
 
 def _prepare_log() -> int:
-    """Rename a log that has grown large, redirect our own output to the log, and return its size in bytes."""
+    """Rename a large log, redirect the output of this process to the log, and return the size of the log in bytes."""
     with contextlib.suppress(FileNotFoundError):
         if os.stat(LOG).st_size > _LOG_BYTES_MAX:
             os.replace(LOG, f"{LOG}.1")
@@ -260,10 +269,10 @@ def _prepare_log() -> int:
 def _detach() -> None:
     """Detach from the starter, and reset the inherited signal settings.
 
-    Without a parent there is no zombie in a long-lived starter. Signals of a terminal or of a service manager do not
-    stop the supervisor, since users that are still finishing need the server. They get a no-op handler, because the
-    server would inherit ``SIG_IGN``. The server does not work with ``SIGCHLD`` ignored or with blocked signals either,
-    which the starter may have.
+    A detached supervisor leaves no zombie in a long-lived starter. Signals of a terminal or of a service manager do not
+    stop the supervisor, since users that are still finishing need the server. These signals get a no-op handler,
+    because the server would inherit ``SIG_IGN``. The starter may ignore ``SIGCHLD`` or block signals. Both settings are
+    reset, because the server does not work with them.
     """
     if os.fork():
         os._exit(0)

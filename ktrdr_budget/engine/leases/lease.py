@@ -1,7 +1,7 @@
-"""Leases: request chunks while a process uses them, send their heartbeats, and settle them afterwards.
+"""Leases: a lease requests chunks from the store, sends heartbeats for them, and settles them after use.
 
-A chunk is an ordinary hold, charged if its process dies. Everything here runs on the event loop of the limiter, except
-the decisions themselves (:mod:`.chunks`).
+A chunk is an ordinary hold of the store, which charges the chunk if its process dies. The decisions to grant and to
+spend are in :mod:`.chunks` and run on any thread; everything else runs on the event loop of the limiter.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _ROLL_MS: Final = LONGEST_HOLD_MS * 5 // 6
 """Age at which a chunk of a long window is replaced, before its hold reaches the maximum age of holds."""
 _ROUNDS_MAX = 8
 _PAUSE_S = 0.1
-"""The pause after a request that was not granted a whole chunk, unless a caller waits for room."""
+"""The pause after a request that brought less than a whole chunk. While a caller waits for room, there is no pause."""
 _TICK_MIN_S = 0.05
 _FORKED = "this lease belongs to the process that opened it: open another in the child"
 _CLOSED = "this lease is closed"
 
 
 class ChunkCalls(Protocol):
-    """The calls that a lease makes, as the limiter provides them."""
+    """The calls that the limiter provides to its leases."""
 
     state: ReplicaState
     open_leases: set[LeaseBase]
@@ -62,25 +62,25 @@ class ChunkCalls(Protocol):
         """The event loop of the limiter."""
 
     def submit(self, call: Generator[Any, Any, Any]) -> asyncio.Future[Any]:
-        """Start a call; raises ``RuntimeError`` once the limiter is closed."""
+        """Start a call. Raises ``RuntimeError`` if the limiter is closed."""
 
     def reserve(self, budget: str, units: int, ttl_s: float, operation: str) -> Generator[Any, Any, HoldBase]:
-        """Reserve a chunk in the store, never offline."""
+        """Reserve a chunk in the store. The outage policy grants no chunk."""
 
     def extend(self, hold: HoldBase, accrued: int, ttl_ms: int) -> Generator[Any, Any, HoldRecord]:
-        """Send a heartbeat, with the whole units spent."""
+        """Send a heartbeat of a chunk, with the whole units that were spent from the chunk."""
 
     def grow(self, hold: HoldBase, total: int, ttl_ms: int) -> Generator[Any, Any, HoldRecord]:
-        """Raise the reservation to a total."""
+        """Raise the reservation of a chunk to a total of whole units."""
 
     def settle(self, hold: HoldBase, spent: int) -> Generator[Any, Any, None]:
-        """Commit whole units, or release if nothing was spent."""
+        """Commit the whole units that were spent from a chunk. Release the chunk if nothing was spent."""
 
     def settle_later(self, hold: HoldBase, spent: int) -> None:
         """Settle a chunk once the store replies again."""
 
     def record_later(self, hold: HoldBase, spent: int, operation: str) -> None:
-        """Record spend of a chunk that was released, in its window, once the store replies."""
+        """Record the spend of a released chunk once the store replies. The spend is charged to the chunk's window."""
 
 
 class _Waiter(NamedTuple):
@@ -94,16 +94,16 @@ class _Waiter(NamedTuple):
 
 
 class LeaseBase(Chunks):
-    """Base class of sync and async leases; subclasses add only the waiting.
+    """Base class of sync and async leases. The subclasses add only the methods that wait.
 
     Args:
-        budget: its name; any but one of kind ``slots``.
-        slab: how much is prepaid at a time.
-        low_water: if less is left, the next chunk is requested; half of a chunk by default.
-        ttl: seconds after which the store charges a chunk whose process is silent.
-        idle: seconds without use after which chunks are released; ``None``: never.
+        budget: the name of a budget whose kind is not ``slots``.
+        slab: the amount of one chunk.
+        low_water: if less than this amount is left, the next chunk is requested; by default half of a chunk.
+        ttl: seconds without a heartbeat after which the store charges a chunk.
+        idle: seconds without use after which chunks are released; if ``None``, idle chunks are kept.
         operation: the label of the chunks in lists of holds and in the ledger.
-        eager: request the first chunk, and the first of each window, before a caller needs it.
+        eager: whether the first chunk of each window is requested before, or only when, a caller needs the chunk.
 
     Raises:
         InvalidArgument, UnknownBudget: an option is not usable.
@@ -170,7 +170,7 @@ class LeaseBase(Chunks):
         Context().run(self._tick)  # here and below: background work belongs to no caller's context
 
     async def opened(self) -> None:
-        """Open the lease, and wait for its first chunk, if the store has room for one.
+        """Open the lease, and wait until the store has granted or refused the first chunk.
 
         Raises:
             StoreError, InvalidArgument: the store refuses for another reason than a lack of room.
@@ -191,16 +191,18 @@ class LeaseBase(Chunks):
             raise self.last_refill_error
 
     def shut(self) -> None:
-        """Stop granting. The spend of a chunk is committed at once, or when its open grants are settled."""
+        """Close the lease without waiting. Each chunk is settled as soon as it has no open grants."""
         self.stop(_CLOSED)
         self._serve()
         self._attend()
 
     async def closed(self, *, all_grants: bool = False) -> None:
-        """Stop granting, and wait until the chunks without open grants are settled or their settlement is deferred.
+        """Close the lease, and wait until each chunk without open grants is settled.
+
+        If the store does not reply, the settlement of a chunk is deferred until the store replies.
 
         Args:
-            all_grants: charge the grants that are still open, in full.
+            all_grants: whether the open grants are charged in full now; otherwise their chunks are settled after them.
         """
         if self._loop is None or self.closed_reason == _FORKED:
             self.stop(_CLOSED)
@@ -230,7 +232,7 @@ class LeaseBase(Chunks):
         self._calls.open_leases.discard(self)
 
     def after_fork(self) -> None:
-        """Drop the chunks in a forked child, which must not spend the parent's."""
+        """Drop the chunks in a forked child, because they belong to the parent."""
         super().__init__(self.name, self.unit, self.size, self.low, self._now_ms)
         self.closed_reason = _FORKED
         self._waiters.clear()
@@ -240,7 +242,7 @@ class LeaseBase(Chunks):
     # -- what is to be done --------------------------------------------------------------------------------------------
 
     def alert(self) -> None:
-        """Schedule maintenance of the chunks on the event loop, once."""
+        """Schedule maintenance of the chunks on the event loop, unless it is scheduled already."""
         if not self._alerted and self._loop is not None and self.closed_reason != _FORKED:
             self._alerted = True
             with contextlib.suppress(RuntimeError):  # the event loop has ended: the store will charge the chunk
@@ -252,7 +254,7 @@ class LeaseBase(Chunks):
         assert self._loop is not None
         with self.lock:
             self.leave_ended(self._now_ms())
-            if self.chunk.hold is not None and self.chunk.left < 0:  # overrun: the store must have it
+            if self.chunk.hold is not None and self.chunk.left < 0:  # an overrun must reach the store
                 self.retire()
             due = [chunk for chunk in self.retired if not chunk.open and not chunk.is_settling]
             wanted = self._wanted()
@@ -280,7 +282,7 @@ class LeaseBase(Chunks):
         return 0 if self.chunk.left < self.low else None
 
     def _tick(self) -> None:
-        """Periodically send heartbeats, release idle chunks, and retry what failed."""
+        """Periodically send heartbeats, release idle chunks, and retry failed calls."""
         self._timer = None
         assert self._loop is not None
         now_s = self._loop.time()
@@ -315,7 +317,7 @@ class LeaseBase(Chunks):
             done(error)
 
     def _next_end(self) -> asyncio.Future[None]:
-        """A future that completes when a call of this lease has ended."""
+        """A future that completes when the next request for a chunk, or the next settlement, succeeds or fails."""
         assert self._loop is not None
         future: asyncio.Future[None] = self._loop.create_future()
         self._ends.append(future)
@@ -337,7 +339,11 @@ class LeaseBase(Chunks):
         self._submit(self._refill_call(need), self._refilled)
 
     def _refill_call(self, need: int) -> Generator[Any, Any, None]:
-        """Request a whole chunk, or less if the budget has less, but at least ``need``: as a new hold, or as growth."""
+        """Request a whole chunk, or all that the budget has left if that is less.
+
+        What the budget has left is added to the current chunk, or becomes a new chunk if there is no current chunk. The
+        call is refused if the lease could still not grant ``need`` units.
+        """
         size = max(self.size, need)
         refused: BudgetExceeded | None = None
         for _ in range(_ROUNDS_MAX):
@@ -358,7 +364,7 @@ class LeaseBase(Chunks):
                 yield from self._grow_call(chunk, fits)
                 return
             except BudgetExceeded as denied:
-                refused = denied  # others were faster; the rest that fits now may do
+                refused = denied  # another client was faster; what the budget has left now may suffice
             except (HoldConflict, UnknownHold) as error:
                 self._lose(chunk, error)
         assert refused is not None
@@ -375,7 +381,7 @@ class LeaseBase(Chunks):
         self.add(chunk)
 
     def _grow_call(self, chunk: Chunk, more: int) -> Generator[Any, Any, None]:
-        """Add the last units of a budget to the current chunk, so that they can be granted together with its rest."""
+        """Add the last units of a budget to the current chunk, so that one grant can use both."""
         hold = chunk.hold
         assert hold is not None
         record = yield from self._calls.grow(hold, chunk.reserved + more, self._ttl_ms)
@@ -402,7 +408,7 @@ class LeaseBase(Chunks):
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait(self, units: int, future: Any) -> None:
-        """Resolve the future with a grant once there is room, or with the refusal; waiters are served in order."""
+        """Resolve the future with a grant once there is room, or with an error. Waiters are served in order."""
         assert self._loop is not None
         timeout_s = self._calls.timeout_s
         self._waiters.append(_Waiter(units, self._loop.time() + timeout_s, future, self._attempt))
@@ -412,7 +418,7 @@ class LeaseBase(Chunks):
             self._attend()
 
     def _serve(self, failed_from: int = 0, *, failed: bool = False) -> None:
-        """Grant to waiters while there is room; after a failed request, refuse those that waited for it."""
+        """Grant to waiters while there is room. After a failed request for a chunk, refuse its waiters."""
         waiters, self._waiters = self._waiters, deque()
         while waiters:
             waiter = waiters.popleft()
@@ -507,7 +513,7 @@ class LeaseBase(Chunks):
             if spent:
                 raise
         except HoldConflict as conflict:
-            # Another client has released it for good; the spend is a fact all the same. Else it was committed.
+            # If another client has released the chunk, the spend must still be recorded. Else the chunk was committed.
             if not spent or conflict.state != "released":
                 raise
             self._calls.record_later(hold, spent, self._operation)

@@ -1,1 +1,1 @@
-"""The protocol with the store: requests, replies and hold records, typed; the only place that knows the wire."""
+"""The protocol with the store: typed requests, replies and hold records. No other package knows the wire format."""

@@ -1,8 +1,8 @@
 """The meaning of an amount for a hold of several budgets.
 
-A scalar applies to every ``usd`` budget of the hold; counts then commit their reservation. (In a hold without dollars
-and with a single count, the scalar applies to that count.) A mapping has an amount per budget; a budget that it omits
-gets 0.
+A scalar applies to every ``usd`` budget of the hold, and budgets in counts commit their reservation. If the hold has
+no ``usd`` budget and only one count, the scalar applies to this count. A mapping has an amount per budget. A budget
+that is not in the mapping gets 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Amounts = AmountIn | Mapping[str, AmountIn]
 
 
 def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
-    """Refuse a value that is no amount in any unit, before the hold's budgets are known.
+    """Reject a value that is not an amount in any unit. The budgets of the hold need not be known.
 
     Raises:
-        InvalidAmount: not a non-negative number, or zero although ``positive``.
+        InvalidAmount: a value is not a non-negative number, or is 0 although ``positive`` is set.
     """
     per_budget = isinstance(amounts, Mapping)
     values: list[AmountIn] = list(amounts.values()) if per_budget else [] if amounts is None else [amounts]  # type: ignore[union-attr,list-item]
@@ -40,10 +40,13 @@ def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
 
 
 def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
-    """Whole units of each budget that the amounts name; ``flags`` are those of the hold's budgets.
+    """Convert amounts to whole units, by budget.
+
+    Args:
+        flags: the flag of each budget of the hold.
 
     Raises:
-        InvalidAmount: an amount is not usable for its budget.
+        InvalidAmount: an amount is invalid in the unit of its budget.
         UnknownBudget: a mapping names a budget that the hold does not have.
     """
     if isinstance(amounts, Mapping):
@@ -62,11 +65,11 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
 
 
 def commit_amounts(segments: Mapping[str, tuple[str, int, int]], amount: Amounts | None) -> list[CommitAmount]:
-    """The amount that each budget of a hold commits.
+    """The amounts that the budgets of a hold commit.
 
     Args:
-        segments: per budget its flag, reserved and accrued units, in the hold's order.
-        amount: as given to ``commit``; ``None`` commits what was accrued.
+        segments: for each budget its flag, its reserved units and its accrued units, in the order of the hold.
+        amount: the argument of ``commit``. If ``None``, the accrued amounts are committed.
     """
     if amount is None:
         any_accrued = any(accrued for _, _, accrued in segments.values())

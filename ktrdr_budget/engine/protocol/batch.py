@@ -27,14 +27,16 @@ class Settings(NamedTuple):
 
 
 class Header:
-    """The state that a replica sends with a batch.
+    """The state of a replica, sent with each batch.
+
+    The epoch is an id that the store replaces after a loss of data.
 
     Args:
-        epoch: the store's epoch as this replica last saw it; ``None`` if it has not seen one.
-        acknowledged: how many of its writes the store has acknowledged.
-        started_us: when it started, by the store's clock; ``None`` before the store's first reply.
-        age_us: how long ago it started.
-        proposed_epoch: the epoch that the store takes if it needs a new one.
+        epoch: the last epoch that this replica has seen; ``None`` if it has seen none.
+        acknowledged: how many writes of this replica the store has acknowledged.
+        started_us: the start of this replica by the store's clock; ``None`` before the store's first reply.
+        age_us: how long ago this replica started.
+        proposed_epoch: the epoch that the store adopts if it needs a new one.
     """
 
     __slots__ = ("acknowledged", "age_us", "epoch", "id_memory_ms", "replica", "settings_word", "started_us")
@@ -66,12 +68,12 @@ class BatchHead(NamedTuple):
 
     now_us: int
     data_loss: bool
-    """Whether the store has lost acknowledged writes of this replica; it then executed nothing of the batch."""
+    """Whether the store has lost acknowledged writes of this replica. If so, the store has executed no operation."""
     acknowledged: int
     epoch: str | None
-    """Set if it differs from the one of the request."""
+    """The store's epoch if it differs from the epoch of the request, else ``None``."""
     due: tuple[str, ...]
-    """Ids of holds past their deadline."""
+    """The ids of due holds: open holds whose deadline has passed."""
 
 
 class EncodedBatch(NamedTuple):
@@ -85,10 +87,10 @@ class EncodedBatch(NamedTuple):
 def encode_batch(
     keys: Keys, header: Header, ops: Sequence[Operation], *, use_fast_path: bool = False, repairs: bool = False
 ) -> EncodedBatch:
-    """Render a batch for the smallest script that knows its operations.
+    """Render a batch for the smallest script that can execute all of the operations.
 
     Args:
-        use_fast_path: use the fast path if it knows all of them.
+        use_fast_path: whether to use the script of the fast path if it can execute all of the operations.
         repairs: the operations replay data that the store has lost.
     """
     if use_fast_path and all([op.uses_fast_path for op in ops]):  # noqa: C419  # a list is faster
@@ -108,7 +110,7 @@ def encode_batch(
 
 
 class _Windows:
-    """The windows of a batch, each listed once and referred to by its number."""
+    """The windows of a batch. Each window is listed once; operations refer to a window by its number."""
 
     __slots__ = ("keys", "numbers", "words")
 
@@ -118,7 +120,7 @@ class _Windows:
         self.words: list[str] = []
 
     def line(self, rendered: Rendered) -> str:
-        """Render an operation's line: its head, then each window's number and text, then its tail."""
+        """Render the line of an operation: the head, then the number and text of each window, then the tail."""
         text, parts, tail = rendered
         numbers = self.numbers
         for window, amounts in parts:
@@ -132,7 +134,7 @@ class _Windows:
 
 
 def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> EncodedBatch:
-    """Render a batch for the fast path; windows in which it reserves are marked."""
+    """Render a batch for the fast path. Windows in which the batch reserves are marked."""
     windows = _Windows()
     hold_keys: list[str] = []
     lines: list[str] = []
@@ -160,7 +162,7 @@ def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> Encode
 
 
 def parse_batch(reply: bytes | str, ops: Sequence[Operation]) -> tuple[BatchHead, list[Reply]]:
-    """Parse the reply to a batch: its head, and a reply for each operation in order; no replies after a data loss."""
+    """Parse the reply to a batch: its head, and the operations' replies in order. After a data loss, there are none."""
     text = reply.decode() if isinstance(reply, bytes) else reply
     first, *lines = text.split("\n")
     now_us, flag, acknowledged, epoch, *due = first.split(" ")

@@ -1,4 +1,4 @@
-"""The letters of the wire, by name. ``docs/wire.md`` describes each request and each reply."""
+"""Names for the letters of requests, replies and records. ``docs/wire.md`` describes each request and each reply."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ class CommitMode(StrEnum):
     RESERVED = "r"
     """The reserved amount."""
     ACCRUED = "a"
-    """The accrued amount, but at least the amount given."""
+    """The accrued amount, or the given amount if that is larger."""
 
 
 class ReleaseMode(StrEnum):
-    """Release modes: the client that releases, and whether the worker can still commit the hold."""
+    """Modes of a release: which client releases, and whether the worker can still commit the hold."""
 
     BY_WORKER = "0"
     """The release is final."""
     BY_OPERATOR = "1"
-    """The worker's later commit corrects it."""
+    """The release is not final: a later commit by the worker corrects it."""
     BY_ID = "i"
     """As ``BY_OPERATOR`` if the hold is unconfirmed, else as ``BY_WORKER``."""
     FINAL = "f"
-    """As ``BY_WORKER``; an unknown id is remembered as released, so that its reservation is refused if it arrives."""
+    """As ``BY_WORKER``. For an unknown id, the store keeps a tombstone: a record that refuses a late reservation."""
     UNRECEIVED = "s"
-    """Only the grant to one request, which its caller did not receive; as ``BY_OPERATOR``, and the id is free again."""
+    """As ``BY_OPERATOR``, for the grant to one request whose caller did not receive it. The id is free again."""
     LIFT = "u"
-    """Remove the tombstone that ``UNRECEIVED`` left for an unknown id."""
+    """No release: remove the tombstone that ``UNRECEIVED`` has left for an unknown id."""
 
 
 class ExtendMode(StrEnum):
@@ -69,7 +69,7 @@ class ExtendMode(StrEnum):
     GROW = "1"
     """Keep the deadline of an open hold."""
     HEARTBEAT_NO_SOONER = "2"
-    """Set the deadline unless the new one is earlier."""
+    """Set the deadline if the new deadline is later."""
     REPORT = "3"
     """Keep the deadline, even if it has passed: the hold stays unconfirmed."""
 
@@ -101,7 +101,7 @@ OVERRUN: Final = "o"
 LATE: Final = "l"
 """Flags of ``DONE``."""
 DATA_LOSS: Final = "L"
-"""Flag of a batch's head."""
+"""Flag in the head of a batch's reply."""
 
 # -- hold records ------------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ STATE_CODES: Final[dict[str, str]] = {
     "recorded": RECORDED,
 }
 SETTLED: Final = frozenset((COMMITTED, RELEASED, RECORDED))
-"""States of holds that were settled for good."""
+"""States that are final: a hold in such a state does not change any more."""
 
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final[dict[str, str]] = {policy: code for code, policy in POLICIES.items()}

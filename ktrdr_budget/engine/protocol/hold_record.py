@@ -1,4 +1,4 @@
-"""The record of a hold: the only parser and the only renderer of its text. Its grammar is in ``docs/wire.md``."""
+"""The record of a hold, and the only parser and renderer of its text. ``docs/wire.md`` has the grammar of this text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _TOMBSTONE_LABEL = "!"
-"""The operation of a tombstone; the encoding of a label never gives this text."""
+"""The operation in a tombstone (see :func:`is_tombstone`). No encoded label equals this text."""
 
 
 class Segment(NamedTuple):
@@ -43,7 +43,7 @@ class Segment(NamedTuple):
     accrued: int = 0
     charged: int = 0
     base: int | None = None
-    """The amount reserved at first, if the hold has grown since."""
+    """The amount that was reserved at first; ``None`` if the hold has not grown since."""
 
     @property
     def name(self) -> str:
@@ -70,9 +70,9 @@ class HoldRecord(NamedTuple):
     trace_id: str
     segments: tuple[Segment, ...]
     request: str = ""
-    """The request that was granted, if the caller chose the id."""
+    """The name of the granted request if the caller chose the id, else empty."""
     unreceived: bool = False
-    """The hold was released because its caller was gone before the grant arrived: the id is free again."""
+    """Whether the hold was released because its caller was gone before the grant arrived. The id is free again."""
 
     @property
     def is_open(self) -> bool:
@@ -81,7 +81,7 @@ class HoldRecord(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the hold was settled for good."""
+        """Whether the state is final."""
         return self.state in codes.SETTLED
 
     def is_due(self, now_ms: int) -> bool:
@@ -112,8 +112,8 @@ class HoldRecord(NamedTuple):
 
         Args:
             charged: whole units for each segment; 0 for a release.
-            remark: added to the operation.
-            trace_id: replaces the trace id, unless it is empty.
+            remark: a text that is added to the operation.
+            trace_id: the new trace id; if empty, the record keeps its trace id.
         """
         segments = [s._replace(charged=units) for s, units in zip(self.segments, charged, strict=True)]
         operation = f"{self.operation} {remark}".lstrip() if remark else self.operation
@@ -134,7 +134,7 @@ class HoldRecord(NamedTuple):
 
 
 def _charged(state: str, segment: Segment) -> str:
-    """The charge of a segment as text; 0 is written only for committed and recorded holds."""
+    """The charge of a segment as text. A charge of 0 is empty, except for committed and recorded holds."""
     return str(segment.charged) if segment.charged or state in (codes.COMMITTED, codes.RECORDED) else ""
 
 
@@ -164,11 +164,11 @@ def parse_record(text: str) -> HoldRecord:
     )
 
 
-# One field of a record's text, for code that reads thousands of records: to parse all of it takes ten times as long.
+# These functions read one field of a record's text. To parse a whole record takes ten times as long.
 
 
 def is_settled(text: str) -> bool:
-    """Whether nothing changes any more."""
+    """Whether the state is final, so that the hold does not change any more."""
     return text[0] in codes.SETTLED
 
 
@@ -178,7 +178,7 @@ def deadline_ms_of(text: str) -> int:
 
 
 def created_us_of(text: str) -> int:
-    """When the store granted the hold, in microseconds since the epoch by its clock."""
+    """When the store granted the hold, in microseconds since the epoch by the store's clock."""
     return int(text.split(" ", 4)[3])
 
 
@@ -188,7 +188,7 @@ def label_words_of(text: str) -> str:
 
 
 def is_tombstone(text: str) -> bool:
-    """Whether a record exists only to refuse a late reservation whose caller is gone."""
+    """Whether the record is a tombstone, which only refuses a reservation that arrives after its caller is gone."""
     head = text.partition("|")[0].split(" ")
     return head[0] == codes.RELEASED and head[6] == _TOMBSTONE_LABEL
 
@@ -199,7 +199,7 @@ def segments_of(parts: Iterable[tuple[Window, int]]) -> tuple[Segment, ...]:
 
 
 def owner_word(owner: str, request: str) -> str:
-    """Encode the owner, and the request that was granted, as one word of the record."""
+    """Encode the owner and the name of the granted request as one word of the record."""
     return f"{word(owner)}!{request}" if request else word(owner)  # quoting leaves no "!" in an owner
 
 

@@ -1,12 +1,12 @@
-"""The names of keys, and the names of windows in keys and hold records; defined nowhere else.
+"""The names of the store's keys, and the names of windows in keys and hold records.
 
-All keys of a tenant carry its name as hash tag, so they share one slot of a cluster: a reservation over many budgets
-stays atomic, and tenants spread over shards.
+All keys of a tenant have the tenant's name as hash tag, so they are in one slot of a cluster. So a reservation in
+several budgets is atomic, while different tenants can be on different shards.
 
-The store names a window by its period's name and a fingerprint of the budget's definition: ``2026-11-30~k3f9a1``.
-Windows of different definitions have different keys, so they cannot be confused even if they begin and end at the same
-time. A budget whose definition is changed back continues in its old window. Outside of the store a window is
-``2026-11-30``.
+The store's name of a window consists of a date or hour and a fingerprint of the budget's definition:
+``2026-11-30~k3f9a1``. Windows of different definitions have different keys, so they cannot be confused even if they
+begin and end at the same time. If a definition is changed back, the budget continues in its old window. Outside of the
+store, the name of the window is ``2026-11-30``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def fingerprint(definition: str) -> str:
 
 
 def stored_window(window: str, definition: str) -> str:
-    """The name in the store of a budget's window: ``2026-11-30~k3f9a1``."""
+    """The store's name of a window: ``2026-11-30~k3f9a1``."""
     return f"{window}~{fingerprint(definition)}"
 
 
 def public_window(stored: str) -> str:
-    """The name outside of the store: ``2026-11-30``."""
+    """The name of a window outside of the store: ``2026-11-30``."""
     return stored.partition("~")[0]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Budget and stored window of ``budget:window``, as keys and hold records have it."""
+    """Split the text ``budget:window`` of a key or hold record into the budget and the store's name of the window."""
     budget, _, window = name.rpartition(":")
     return budget, window
 
@@ -72,7 +72,7 @@ class Keys:
         self.replicas = self.prefix + "replicas"
         listed = self.budgets, self.expiries, self.replicas
         self.of_writes = self.meta, self.limits, self.due, self.unconfirmed, *listed
-        """The fixed keys of a write script; the keys of windows follow."""
+        """The first keys of each write script. The keys of windows and holds follow."""
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
         self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))
@@ -82,7 +82,7 @@ class Keys:
         return self.hold_prefix + hold_id
 
     def window(self, budget: str, window: str) -> str:
-        """The key of a window's sums; ``window`` is the store's name of it."""
+        """The key of a window's sums. ``window`` is the store's name of the window."""
         return f"{self.prefix}w:{budget}:{window}"
 
     def ledger(self, budget: str, window: str) -> str:

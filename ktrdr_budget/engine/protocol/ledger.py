@@ -27,14 +27,14 @@ class StoredEntry(NamedTuple):
     operation: str
     trace_id: str
     trimmed_count: int
-    """How many trimmed entries this one summarises; 0 for any other entry."""
+    """For a summary of trimmed entries: how many entries it replaces. For any other entry: 0."""
 
 
 def parse_entry(stored: bytes | str) -> StoredEntry:
     """Read the text of an entry.
 
     Raises:
-        ValueError: the text is not that of an entry.
+        ValueError: the text is not a ledger entry.
     """
     text = stored.decode() if isinstance(stored, bytes) else stored
     time_us, units, kind, hold_id, operation, trace_id, *_ = text.split(" ")
@@ -47,8 +47,8 @@ def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
     """An entry in the form that limiters return.
 
     Args:
-        number: its absolute number; a summary has none.
-        unit: of its budget.
+        number: the entry's number in its ledger, from 1. It is ignored for a summary of trimmed entries.
+        unit: the unit of the entry's budget.
     """
     return LedgerEntry(
         entry_id="" if entry.trimmed_count else str(number),
@@ -62,10 +62,10 @@ def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
 
 
 def entry_cursor(cursor: str | None) -> str:
-    """The number of the entry before which a page begins; empty for the first page.
+    """Check a cursor: the number of an entry, before which the page's entries are. Empty for the first page.
 
     Raises:
-        InvalidArgument: the cursor is not one of a ledger.
+        InvalidArgument: the cursor is not the number of an entry.
     """
     if cursor is None:
         return ""

@@ -1,7 +1,7 @@
-"""The operations of a batch, typed; each renders itself for the wire and parses its own reply.
+"""The operations of a batch. Each class renders the operation's request and parses the operation's reply.
 
-An operation renders as a head (its letter and fields), for each of its windows a text that follows the window's number
-in the batch, and a tail.
+The request of an operation consists of a head (a letter and fields), one text for each window, and a tail. The text of
+a window follows the window's number in the batch.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ __all__ = [
 
 LONGEST_HOLD_MS: Final = 86_400_000
 _LASTING_MS: Final = 315_360_000_000
-"""Ten years: the life of an open hold's record in windows without end, until a request finds the hold due."""
+"""Ten years: how long the store keeps the record of an open hold if a window of the hold has no end."""
 _FAST_UNITS_MAX: Final = 2**46
 """The fast path commits at most this many units, so that the sums of a whole batch stay exact."""
 
 Rendered = tuple[str, Sequence[tuple[Window, str]], str]
-"""The head, the windows with the texts that follow their numbers, and the tail."""
+"""The head, each window with the text that follows the window's number, and the tail."""
 
 
 class Labels(NamedTuple):
@@ -72,19 +72,19 @@ class Labels(NamedTuple):
 
 
 class CommitAmount(NamedTuple):
-    """What one window of a hold commits, in whole units."""
+    """The amount that one window of a hold commits, in whole units."""
 
     mode: CommitMode
     units: int
 
 
 class ExtendAmount(NamedTuple):
-    """Totals of one window of a hold, in whole units; the largest wins."""
+    """Totals of one window of a hold, in whole units. The store never lowers a total."""
 
     accrued: int = 0
     reserved: int = 0
     expected: int | None = None
-    """The total that the growth adds to; if more is reserved already, nothing changes."""
+    """The total to which the growth adds. If the store has a larger total, the growth changes nothing."""
 
 
 class Operation:
@@ -95,26 +95,26 @@ class Operation:
     letter: ClassVar[str]
     is_retire: ClassVar[bool] = False
     asks_for_money: bool = False
-    """Whether it reserves or grows; such operations are decided after those that may return money."""
+    """Whether the operation reserves or grows. The operations that may return money are executed before these."""
 
     def __init__(self, hold_id: str, key: str, windows: Sequence[Window]) -> None:
         self.hold_id = hold_id
         self.key = key
         self.windows = windows
         self.uses_fast_path = False
-        """Whether ``lua/fast_path.lua`` may execute it; false once that script has declined it."""
+        """Whether ``lua/fast_path.lua`` may execute the operation. False after this script has declined it."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.hold_id} {', '.join(window.name for window in self.windows)}>"
 
     @property
     def is_urgent(self) -> bool:
-        """Whether the operation is a heartbeat or report, which gets the first places in a batch."""
+        """Whether the operation is a heartbeat or report. Such operations are the first in a batch."""
         return False
 
     @property
     def is_fact(self) -> bool:
-        """Whether the operation reports a fact (a settlement, a report), which is sent although its caller is gone."""
+        """Whether the operation is a settlement or report. These are sent even if the caller is gone."""
         return True
 
     def render(self) -> Rendered:
@@ -130,7 +130,7 @@ class Operation:
         return parse_common(line)
 
     def mark_resent(self) -> None:
-        """Note that an attempt without a reply may have been executed."""
+        """Note that the store may have executed an earlier attempt whose reply was lost."""
 
     def same_as(self, other: Operation) -> bool:
         """Whether both operations request the same change."""
@@ -141,10 +141,10 @@ class Reserve(Operation):
     """A reservation: hold an amount in every window, or in none.
 
     Args:
-        parts: its windows, each with the whole units to hold.
+        parts: the windows, each with the whole units to hold.
         policy: a code of :data:`~.codes.POLICIES`.
-        now_ms: the store's clock, as far as this replica knows it.
-        request: names this request if the caller chose the id; else empty.
+        now_ms: the store's clock, as this replica estimates it.
+        request: a name of this request if the caller chose the id, else empty.
     """
 
     __slots__ = ("_expires_ms", "_labels", "_segments", "parts", "policy", "request", "ttl_ms")
@@ -187,7 +187,7 @@ class Reserve(Operation):
             self._segments = "".join([f"{window.segment}{units},," for window, units in parts])
             expiries = [window.expires_ms for window, _ in parts]
             expires_ms = 0 if 0 in expiries else max(expiries)
-        # An open hold's record lives as long as its windows: nothing else says what to give back to them.
+        # An open hold's record lives as long as its windows: only the record says what to return to the windows.
         self._expires_ms = expires_ms or now_ms + _LASTING_MS
 
     @property
@@ -210,7 +210,7 @@ class Reserve(Operation):
         return Replayed(line[2:]) if line[0] == codes.REPLAYED else parse_common(line)
 
     def granted(self, now_us: int, deadline_ms: int) -> str:
-        """The hold's record in the store after the reply ``GRANTED`` at this time."""
+        """The store's record of the hold after a grant at this time. The method notes that the windows have grants."""
         if not self.uses_fast_path:
             for window in self.windows:
                 window.has_grants = True
@@ -218,13 +218,13 @@ class Reserve(Operation):
 
 
 class SettlingOperation(Operation):
-    """An operation that resolves a hold, or records spend without one."""
+    """An operation that commits, releases or restores a hold, or records spend without a hold."""
 
     __slots__ = ()
 
     @property
     def units(self) -> tuple[int, ...]:
-        """The whole units to count as spent, for each window."""
+        """The whole units that count as spent, for each window."""
         raise NotImplementedError
 
     @property
@@ -239,8 +239,8 @@ class SettlingOperation(Operation):
         """The hold's record as this settlement left it.
 
         Args:
-            known: the text of the record before, if this replica has it; else empty.
-            now_ms: the store's time of the reply, for a hold that is not known.
+            known: the text of the record before the settlement; empty if this replica does not have it.
+            now_ms: the store's time of the reply. It is used if the record before is not known.
         """
         raise NotImplementedError
 
@@ -259,10 +259,10 @@ class Commit(SettlingOperation):
     """A commit: record what the work cost.
 
     Args:
-        amounts: the amount of each window, and how it is determined.
-        remark: added to the operation in the ledger.
-        trace_id: replaces the hold's trace id.
-        known: the hold's record, if it was read for this.
+        amounts: for each window an amount, and how the store determines the committed amount.
+        remark: a text that is added to the operation in the ledger.
+        trace_id: a new trace id for the hold, sent only with a remark.
+        known: the text of the hold's record if it was read for this commit, else empty.
     """
 
     __slots__ = ("_fast", "_settled_text", "amounts", "known", "remark", "trace_id")
@@ -301,7 +301,7 @@ class Commit(SettlingOperation):
         return head, parts, ""
 
     def enable_fast_path(self, replica: str, record: str, reserved: Sequence[int]) -> None:
-        """Prepare the fast form, for a hold that has not changed since its grant.
+        """Prepare the request of the fast path. The hold must not have changed since its grant.
 
         Args:
             replica: the id of the replica that commits.
@@ -362,8 +362,8 @@ class Release(SettlingOperation):
     """A release: return the whole amount.
 
     Args:
-        request: with ``ReleaseMode.UNRECEIVED``: the request whose grant is released.
-        known: the hold's record, if it was read for this.
+        request: for ``ReleaseMode.UNRECEIVED``, the name of the request whose grant is released; else empty.
+        known: the text of the hold's record if it was read for this release, else empty.
     """
 
     __slots__ = ("known", "mode", "request")
@@ -398,7 +398,8 @@ class Release(SettlingOperation):
     def is_correctable(self, settled: Settled) -> bool:
         """Whether the worker's later commit can still correct this release, as far as the reply shows.
 
-        A release by id of an open hold is final. A reply to a repeated release does not show whether the first one was.
+        A release by id of an open hold is final. If a release by id is repeated, the reply does not show whether the
+        first release was final, and the result is true.
         """
         if self.mode is ReleaseMode.BY_ID:
             return settled.late or settled.replayed
@@ -415,11 +416,11 @@ class Release(SettlingOperation):
 
 
 class RecordSpend(SettlingOperation):
-    """Spend without a reservation.
+    """A record of spend that was not reserved.
 
     Args:
-        parts: its windows, each with the whole units spent.
-        is_late: the windows may have ended, or not begun.
+        parts: the windows, each with the whole units spent.
+        is_late: whether the store accepts windows that have ended or not begun.
     """
 
     __slots__ = ("is_late", "operation", "parts", "trace_id")
@@ -446,7 +447,7 @@ class RecordSpend(SettlingOperation):
         return tuple([units for _, units in self.parts])
 
     def as_late(self) -> RecordSpend:
-        """The same record of spend for its original windows, even if they have ended when it arrives."""
+        """The same operation with ``is_late``, so that the spend counts in its windows even if they have ended."""
         labels = {"operation": self.operation, "trace_id": self.trace_id}
         return self if self.is_late else RecordSpend(self.hold_id, self.key, self.parts, is_late=True, **labels)
 
@@ -461,7 +462,7 @@ class RecordSpend(SettlingOperation):
 
 
 class Restore(SettlingOperation):
-    """Replay a hold from its record, open or settled, to a store that lost it or has an older state of it."""
+    """The replay of an open or settled hold to a store that has lost the hold or has an older state of the hold."""
 
     __slots__ = ("text",)
     letter = codes.RESTORE
@@ -490,7 +491,7 @@ class Restore(SettlingOperation):
 
 
 class SettleOnBehalf(SettlingOperation):
-    """A settlement that counts in another replica's subtotals, replayed on its behalf."""
+    """The replay of a settlement on behalf of another replica, in whose subtotals the settlement counts."""
 
     __slots__ = ("replica", "settlement")
     letter = codes.SETTLE_ON_BEHALF
@@ -515,7 +516,7 @@ class SettleOnBehalf(SettlingOperation):
 
 
 class Extend(Operation):
-    """A heartbeat, a growth, or a report of what was used; totals are cumulative, and the largest wins."""
+    """A heartbeat, a growth, or a report of use. Amounts are totals so far, and the store never lowers a total."""
 
     __slots__ = ("amounts", "asks_for_money", "mode", "ttl_ms", "was_resent")
     letter = codes.EXTEND
@@ -535,7 +536,7 @@ class Extend(Operation):
         self.ttl_ms = ttl_ms
         self.mode = mode
         self.was_resent = False
-        """Whether an attempt without a reply may have been executed."""
+        """Whether the store may have executed an earlier attempt whose reply was lost."""
 
     @property
     def is_urgent(self) -> bool:
@@ -549,7 +550,7 @@ class Extend(Operation):
         self.was_resent = True
 
     def as_report(self) -> Extend:
-        """The same totals as a report that leaves the deadline unchanged."""
+        """A report of the same totals, which leaves the deadline unchanged."""
         return Extend(self.hold_id, self.key, self.windows, self.amounts, self.ttl_ms, ExtendMode.REPORT)
 
     def render(self) -> Rendered:
@@ -566,7 +567,7 @@ class Extend(Operation):
 
 
 class Retire(Operation):
-    """Make a hold that is past its deadline unconfirmed."""
+    """The retirement of a due hold: an open hold whose deadline has passed becomes unconfirmed."""
 
     __slots__ = ()
     letter = codes.RETIRE
@@ -574,7 +575,7 @@ class Retire(Operation):
 
     @classmethod
     def nothing(cls, key: str) -> Retire:
-        """A no-op on a hold that does not exist; probes the store."""
+        """An operation that changes nothing, because its hold does not exist. It is sent to probe the store."""
         return cls("-", key, ())
 
     def render(self) -> Rendered:
@@ -585,7 +586,7 @@ class Retire(Operation):
 
 
 class ReplayTotal(Operation):
-    """Replay this replica's subtotal of a window: the store raises its own value to it."""
+    """The replay of this replica's subtotal of a window. The store raises its own subtotal to this value."""
 
     __slots__ = ("units",)
     letter = codes.REPLAY_TOTAL
@@ -602,11 +603,11 @@ class ReplayTotal(Operation):
 
 
 class ReplayLimit(Operation):
-    """Replay a limit that was set or cleared at run time, with the time of the change.
+    """The replay of a limit that was set or cleared at run time, with the time of the change.
 
     Args:
-        limit: in whole units; ``None``: uncapped.
-        until_ms: the end of the limit; 0: none; 1: the limit was cleared.
+        limit: the limit in whole units; ``None``: uncapped.
+        until_ms: the end of the limit; 0: the limit has no end; 1: the limit was cleared.
     """
 
     __slots__ = ("budget", "changed_us", "definition", "limit", "until_ms")

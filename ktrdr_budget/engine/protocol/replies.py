@@ -1,4 +1,4 @@
-"""Replies to operations, typed. Each operation parses its own reply (:meth:`~.operations.Operation.parse`)."""
+"""The types of replies to operations. An operation parses its reply by :meth:`~.operations.Operation.parse`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Granted(NamedTuple):
-    """The reservation holds its amounts from now on."""
+    """The reservation was granted: its amounts are held."""
 
 
 class Replayed(NamedTuple):
@@ -80,7 +80,7 @@ class Extended(NamedTuple):
 
 
 class Outgrown(NamedTuple):
-    """The reservation is larger than the growth expected, because others have grown it; nothing changed."""
+    """The reservation is larger than expected, because another caller has grown the hold; nothing changed."""
 
     text: str
 
@@ -91,7 +91,7 @@ class Outgrown(NamedTuple):
 
 
 class Retired(NamedTuple):
-    """The hold is unconfirmed or was not due."""
+    """The hold was due (open past its deadline) and is now unconfirmed, or the hold was not due."""
 
 
 class Restored(NamedTuple):
@@ -101,12 +101,12 @@ class Restored(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """No room in a window; nothing changed. Amounts are whole units."""
+    """A window has no room for the request; nothing changed. Amounts are whole units."""
 
     window: str
     """``budget:window``."""
     limit: int | None
-    """``None``: the budget is uncapped, but its sum has reached the bound of exact sums."""
+    """The limit in force. ``None``: the budget is uncapped, but the window's sum would exceed the largest exact sum."""
     spent: int
     held: int
     unconfirmed: int
@@ -114,11 +114,11 @@ class Denied(NamedTuple):
     first_deadline_ms: int
     """The first deadline of any open hold of the tenant; 0 if there is none."""
     total: int = 0
-    """For growth: the amount that the hold would have counted."""
+    """For growth: the amount that the grown hold would have counted; else 0."""
 
 
 class Conflict(NamedTuple):
-    """The id belongs to a hold with other contents, or to one that was settled otherwise."""
+    """The id belongs to a hold with other contents, or to a hold that was settled differently."""
 
     text: str
 
@@ -129,16 +129,16 @@ class Conflict(NamedTuple):
 
     @property
     def is_tombstone(self) -> bool:
-        """Whether the id is only closed to the late request of a caller that is gone."""
+        """Whether the record is a tombstone, which refuses a reservation that arrives after its caller is gone."""
         return is_tombstone(self.text)
 
 
 class UnknownHoldReply(NamedTuple):
-    """No hold of this id."""
+    """The store has no hold of this id."""
 
 
 class OtherWindows(NamedTuple):
-    """The request omits a window of the hold; the reply has the hold's record."""
+    """The request does not name all windows of the hold. The reply contains the hold's record."""
 
     text: str
 
@@ -148,7 +148,7 @@ class StaleWindow(NamedTuple):
 
 
 class MissingWindow(NamedTuple):
-    """A window was created before and its key is missing; nothing changed."""
+    """The key of a window is missing, although the window was created before; nothing changed."""
 
     window: str
 
@@ -167,14 +167,14 @@ class Recovering(NamedTuple):
 
 
 class TooManyHoldsReply(NamedTuple):
-    """The tenant has as many holds as it may; nothing changed."""
+    """The tenant has the maximum number of holds; nothing changed."""
 
     holds: int
     first_deadline_ms: int
 
 
 class TooManyBudgetsReply(NamedTuple):
-    """The tenant has as many budgets as it may; nothing changed."""
+    """The tenant has the maximum number of budgets; nothing changed."""
 
     budget: str
 
@@ -186,13 +186,13 @@ class UnknownLimit(NamedTuple):
 
 
 class WindowFull(NamedTuple):
-    """A window would count 2**62 units or more; nothing changed."""
+    """The request would raise the sum of a window to 2**62 units or more; nothing changed."""
 
     window: str
 
 
 class Unreadable(NamedTuple):
-    """A key of the request is of another type; nothing changed."""
+    """A key of the request has an unexpected Redis type; nothing changed."""
 
     error: str
 
@@ -273,13 +273,16 @@ _COMMON: Final[dict[str, Callable[[str], Reply]]] = {
 
 
 def parse_common(line: str) -> Reply:
-    """Parse a reply that has the same form for all operations; any other becomes an :class:`UnexpectedReply`."""
+    """Parse a reply whose form is the same for all operations. Return :class:`UnexpectedReply` for other replies."""
     parse = _COMMON.get(line[:1])
     return UnexpectedReply(line) if parse is None else parse(line[2:])
 
 
 def parse_settled(line: str) -> Settled:
-    """Parse the reply to a settlement: ``DONE`` or ``REPLAYED``, flags, units; for a replay its replica and windows."""
+    """Parse the reply to a settlement: ``DONE`` or ``REPLAYED``, then flags and units.
+
+    After ``REPLAYED``, the reply also has the replica and the windows of the first attempt.
+    """
     words = line.split(" ")
     flags = words[1] if len(words) > 1 else ""
     units = tuple(map(int, words[2].split(","))) if len(words) > 2 and words[2] else ()

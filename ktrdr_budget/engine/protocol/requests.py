@@ -1,4 +1,4 @@
-"""Requests besides batches: scripts that read or administer, and plain commands, with their replies."""
+"""All requests that are not batches, and their replies: scripts that read or administer, and plain commands."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class Command(NamedTuple):
 
 
 class PreparedFact(NamedTuple):
-    """A settlement or report by id; it becomes an operation once the hold's record, and so its windows, are read."""
+    """A settlement or report by id, before the hold's record is read.
+
+    The record shows the windows of the hold. With the record, ``complete`` creates the operation.
+    """
 
     hold_id: str
     key: str
@@ -67,23 +70,23 @@ class PreparedFact(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A script that reads budgets or holds; its reply begins with a :class:`ReadHead`."""
+    """A script that reads budgets or holds. Its reply begins with a :class:`ReadHead`."""
 
     script: str
     keys: Sequence[str]
     args: Sequence[str | int]
     while_recovering: WhileRecovering = "answers"
-    """Whether a reply is used while replicas may replay lost data: always, unless it is empty, or never."""
+    """When a reply is used although replicas may still replay lost data: always, if it is not empty, or never."""
     prepares: PreparedFact | None = None
-    """The fact that follows this read."""
+    """The settlement or report that needs this read; ``None`` if there is none."""
 
 
 class ReadHead(NamedTuple):
-    """The state of the store that a read's reply shows."""
+    """The state of the store, from the reply to a read."""
 
     now_us: int
     epoch: str | None
-    """``None`` if nothing was ever written."""
+    """The store's epoch; ``None`` if nothing was ever written."""
     acknowledged: int
     recovering_until_ms: int
     """Until when replicas may replay lost data; 0 if no replay is pending."""
@@ -98,7 +101,7 @@ class RuntimeLimit(NamedTuple):
     """A limit that was set at run time."""
 
     units: int | None
-    """``None``: uncapped."""
+    """The limit in whole units; ``None``: uncapped."""
     until_ms: int
     """The end of the limit in milliseconds; 0: it has no end."""
     changed_us: int = 0
@@ -109,7 +112,7 @@ class RuntimeLimit(NamedTuple):
 
 
 class WindowFigures(NamedTuple):
-    """A window as the store has it; sums in whole units."""
+    """The store's figures of a window. Sums are whole units."""
 
     runtime: RuntimeLimit | None
     registered: str
@@ -149,7 +152,12 @@ def _read(
     *,
     while_recovering: WhileRecovering = "answers",
 ) -> Read:
-    """A read with one command, whose first arguments are the keys ``of``; its reply has one item."""
+    """A read that runs one command and returns its result as the only item.
+
+    Args:
+        of: the keys, which are the first arguments of the command.
+        args: the further arguments.
+    """
     return Read(READ, [keys.meta, *of], [replica, command, *args], while_recovering)
 
 
@@ -159,7 +167,7 @@ def records_read(keys: Keys, replica: str, hold_ids: Sequence[str]) -> Read:
 
 
 def record_read(keys: Keys, replica: str, hold_id: str) -> Read:
-    """Read one record; a key of another type is an error, and not an unknown hold as for :func:`records_read`."""
+    """Read the record of one hold. A key of another type is an error; :func:`records_read` reads it as unknown hold."""
     return _read(keys, replica, "GET", [keys.hold(hold_id)], while_recovering="answers if found")
 
 
@@ -181,7 +189,7 @@ def due_read(keys: Keys, replica: str, count: int) -> Read:
 
 
 def index_read(keys: Keys, replica: str, index: str, offset: int, count: int) -> Read:
-    """Read ids of an index of holds, latest first, from an offset."""
+    """Read a part of an index of holds: ``count`` ids from an offset, with the latest deadline first."""
     args = (offset, offset + count - 1)
     return _read(keys, replica, "ZREVRANGE", [index], args, while_recovering="waits")
 
@@ -198,16 +206,17 @@ def definition_read(keys: Keys, replica: str, budget: str) -> Read:
 
 
 def parse_text(items: Sequence[Any]) -> str:
-    """Parse one text; empty if there is none."""
+    """Parse a reply with one text; return an empty text if the store has none."""
     [value] = items
     return _text(value)
 
 
 def status_read(keys: Keys, replica: str, windows: Sequence[Window], *, complete: bool = False) -> Read:
-    """Read windows' figures; :func:`parse_status` reads the reply.
+    """Read the figures of windows; :func:`parse_status` reads the reply.
 
     Args:
-        complete: wait while replicas may still replay data that the store has lost.
+        complete: whether to wait while replicas may still replay data that the store has lost. If false, figures may be
+            incomplete.
     """
     budgets, names = [window.budget for window in windows], [window.name for window in windows]
     of = [keys.meta, keys.limits, keys.due, keys.budgets, *(window.key for window in windows)]
@@ -215,7 +224,7 @@ def status_read(keys: Keys, replica: str, windows: Sequence[Window], *, complete
 
 
 def parse_status(items: Sequence[Any]) -> tuple[list[str], list[WindowFigures | str]]:
-    """Ids of due holds, and for each window its figures, or the reason why it cannot be read."""
+    """The ids of due holds (open holds whose deadline has passed), and for each window its figures or an error."""
     due, *stored = items
     return [_text(hold_id) for hold_id in due], [
         _text(figures) if isinstance(figures, (bytes, str)) else _figures([_text(value) for value in figures])
@@ -249,14 +258,14 @@ def ledger_read(keys: Keys, replica: str, budget: str, window: str, before: str,
     """Read a page of a window's ledger; :func:`parse_ledger_page` reads the reply.
 
     Args:
-        before: the number of the entry that follows the page; empty for the last page.
+        before: the number of the entry that follows the page; empty for the newest entries.
     """
     of = [keys.meta, keys.ledger(budget, window)]
     return Read(READ_LEDGER, of, [replica, before, count], while_recovering="waits")
 
 
 def parse_ledger_page(items: Sequence[Any]) -> tuple[bool, int, list[str]]:
-    """Whether the cursor's entries were trimmed, the number of the first entry, and the entries, oldest first."""
+    """Parse a page: whether the cursor's entries were trimmed, the first entry's number, and the entries by age."""
     [trimmed, number, stored] = items
     return bool(trimmed), number, [_text(entry) for entry in stored]
 
@@ -271,7 +280,7 @@ def set_limit(keys: Keys, budget: str, units: int | None, until_ms: int, definit
 
 
 def parse_set_limit(reply: bytes | str, budget: str) -> int | OtherDefinition:
-    """The store's time of the change in microseconds; or the registered definition, if it is another one."""
+    """The store's time of the change in microseconds. If the store has another definition, that definition instead."""
     text = _text(reply)
     return OtherDefinition(budget, text[2:]) if text.startswith("m ") else int(text)
 
@@ -283,14 +292,14 @@ def migrate(
 
     Args:
         window: the key of the current window of the registered definition.
-        drop: remove the limit that was set at run time, because it is in another unit.
+        drop: whether to remove the limit that was set at run time, because it is in another unit.
     """
     args: list[str | int] = [budget, registered, definition, start_ms, end_ms, int(drop)]
     return Command(MIGRATE, [keys.meta, keys.limits, keys.budgets, window], args)
 
 
 def parse_migrate(reply: bytes | str) -> bool | None:
-    """Whether a limit was dropped; ``None`` if the definition, or its window, is not the current one any more."""
+    """Whether a limit was dropped; ``None`` if the given definition or window is no longer the current one."""
     return {"w": None, "cleared": True}.get(_text(reply), False)
 
 
@@ -306,7 +315,7 @@ def parse_refused(reply: Sequence[bytes | str]) -> list[tuple[str, str]]:
 
 
 def trial_write(keys: Sequence[str], args: Sequence[str]) -> Command:
-    """A write without operations."""
+    """Run a write script without operations, to check that the store accepts writes."""
     return Command(WRITE, keys, args)
 
 
@@ -316,7 +325,7 @@ def info_memory() -> Command:
 
 
 def parse_eviction_policy(reply: Any) -> str:
-    """The eviction policy of ``INFO memory``; ``unknown`` if it is not there."""
+    """The eviction policy in the reply to ``INFO memory``; ``unknown`` if the reply has none."""
     if isinstance(reply, (bytes, str)):
         lines = _text(reply).splitlines()
         reply = dict(line.split(":", 1) for line in lines if ":" in line)

@@ -1,4 +1,4 @@
-"""Loads the Lua scripts of ``lua/``: from the wheel, an editable install or a checkout."""
+"""The Lua scripts of ``lua/``, loaded from the wheel, an editable install or a checkout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _RECOVER = ("restore", "recovery", "settle_on_behalf", "replay_total", "replay_l
 _WRITE = ("admission", *_SETTLE, "reserve", "record", "extend", "retire")
 PARTS = {
     FAST_PATH: ("common", "fast_path"),
-    # Batches of reservations, of settlements, of these and heartbeats, of replays.
+    # The next scripts execute batches: of reservations only, of settlements only, of all usual operations, of replays.
     "reserve": (*_BEGIN, "admission", "reserve", "finish"),
     "settle": (*_BEGIN, *_SETTLE, "finish"),
     WRITE: (*_BEGIN, *_WRITE, "finish"),
@@ -63,7 +63,7 @@ _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "K": "restore"}
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script's source, and the SHA-1 digest by which the store knows it once it is loaded."""
+    """The source of a script, and its SHA-1 digest, by which ``EVALSHA`` runs the script."""
 
     name: str
     source: str
@@ -71,10 +71,11 @@ class Script:
 
 
 def script_for(letters: set[str], *, repairs: bool = False) -> str:
-    """The smallest write script that knows these operations.
+    """The name of the smallest write script that can execute these operations.
 
     Args:
-        repairs: the operations replay data that the store has lost.
+        letters: the letters of the operations.
+        repairs: whether the operations replay data that the store has lost.
     """
     if repairs or letters & _REPAIRING:
         return REPAIR
@@ -87,7 +88,7 @@ def script_for(letters: set[str], *, repairs: bool = False) -> str:
 
 @cache
 def script(name: str) -> Script:
-    """The script of this name, put together from its parts."""
+    """The script of this name, which is joined from several parts."""
     source = "\n".join(map(read_part, PARTS[name]))
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
@@ -98,7 +99,7 @@ def without_script_location(error: str) -> str:
 
 
 def read_part(name: str) -> str:
-    """The text of a part with its included parts inlined: Lua functions would cost time at each call."""
+    """The text of a part. Included parts are inlined, because the call of a Lua function costs time."""
     return _INCLUDE.sub(lambda found: _read(found[1]), _read(name))
 
 

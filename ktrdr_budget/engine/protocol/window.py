@@ -1,4 +1,4 @@
-"""A window, one budget in one period, as requests to the store name it."""
+"""A window: one budget in one interval, such as a day. Requests to the store refer to windows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ __all__ = ["Window", "flag_of"]
 
 
 class Window:
-    """One budget in one period. Equal windows of a process are one object.
+    """One budget in one interval, such as a day.
 
     Args:
-        definition: the budget's, or ``-`` if this replica was not given the budget, or defines it differently.
-        expires_ms: when the window's keys expire; 0: never.
-        limit: the configured limit in whole units; ``None``: uncapped, or not known here.
-        asserts_limit: whether a reservation writes this limit to the store.
-        stored: the window's name in the store, if it differs from the one derived from ``definition``.
+        definition: the definition of the budget; ``-`` if this replica does not have the budget or defines it
+            differently.
+        expires_ms: when the window's keys expire; 0: they never expire.
+        limit: the configured limit in whole units; ``None``: the budget is uncapped, or this replica has no limit.
+        asserts_limit: whether a reservation writes ``limit`` to the store.
+        stored: the store's name of the window; if ``None``, the name is derived from ``definition``.
     """
 
     __slots__ = (
@@ -50,7 +51,7 @@ class Window:
         stored: str | None = None,
     ) -> None:
         self.has_grants = False
-        """Whether this replica was granted a reservation in the window, which therefore exists and has its limit."""
+        """Whether the store has granted a reservation of this replica in the window, and so has the window's limit."""
         self.budget = budget
         self.span = span
         self.flag = flag
@@ -65,7 +66,7 @@ class Window:
         bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
         limit_word = "-" if limit is None else str(limit)
         self.words = (self.name, flag, definition, *bounds, limit_word, "!" if asserts_limit else "?")
-        """The window's words in a batch."""
+        """The words that describe the window in a batch."""
 
     def __repr__(self) -> str:
         return f"<Window {self.name}>"

@@ -473,9 +473,9 @@ class Dispatcher:
         _ = future.cancelled() or future.exception()
 
     async def _retry(self, batch: list[PendingCall], error: Exception) -> None:
-        """Return the calls of a failed batch that have time left to the queues, then pause.
+        """Queue the calls of a failed batch again if they have time left, then pause.
 
-        To send a call twice is harmless, because the id in its request stays the same.
+        To send a call twice is harmless, because the id of its hold stays the same.
         """
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
         if isinstance(error, Transient) or self._last_error is None:  # a timeout explains less than an earlier error

@@ -128,7 +128,7 @@ class LossRepair:
             self._probing = False
 
     async def check_holds(self) -> None:
-        """Remove holds that other replicas have settled from the journal, because a later replay could reopen them."""
+        """Remove from the journal the holds that other replicas have settled: a later replay could reopen them."""
         state = self._state
         ids = state.journal.holds_to_check(state.now_ms(), _CHECK_HOLDS)
         try:

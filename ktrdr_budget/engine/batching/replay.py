@@ -291,7 +291,7 @@ class Replayer:
                 outcome = "granted" if lost else "superseded"
             if outcome == "granted":
                 logger.warning(
-                    "hold %s is open, but the reply that granted it was lost; unless its id is used again, it expires",
+                    "hold %s is open, but the reply that granted it was lost; it expires unless its id is used again",
                     entry.hold_id,
                 )
             self._outbox.end(entry, outcome)

@@ -7,7 +7,7 @@ read is used only if the store has lost no data, or if this replica has repaired
 the deadline, :class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share
 all calls.
 
-To retire a hold is to make an open hold unconfirmed, because its deadline has passed. Such a hold is *due*.
+An open hold whose deadline has passed is *due*. To retire a hold is to make a due hold unconfirmed.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ _AMOUNTS_SHOWN = 3
 def denial(window: Window, denied: Denied, now_us: int, unit: str) -> Denial:
     """The denial of a request for which a window has no room.
 
-    The reason is ``exceeds_limit`` if even an empty window has no room for the request. The reason is ``budget_held`` if
-    the request would fit once all open holds were released. Otherwise, it is ``budget_exhausted``.
+    The reason is ``exceeds_limit`` if even an empty window has no room for the request. The reason is ``budget_held``
+    if the request would fit once all open holds were released. Otherwise, the reason is ``budget_exhausted``.
     """
     limit = MAX_UNITS - 1 if denied.limit is None else denied.limit
     spent, held, unconfirmed, requested = denied.spent, denied.held, denied.unconfirmed, denied.requested

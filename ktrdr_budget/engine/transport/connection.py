@@ -18,28 +18,28 @@ from typing import Any
 __all__ = ["HEDGE_SHARE", "IDLE_MAX_S", "Connection", "ConnectionPool", "ReplyError"]
 
 IDLE_MAX_S = 2.0
-"""The longest idle time after which a connection is used again. An idle replica sends a probe each second, which keeps
-one connection younger, so that a lone call finds a connection ready."""
+"""A connection that was idle for longer than this is not used again. An idle replica sends a probe each second, so that
+one connection is always ready for the next call."""
 HEDGE_SHARE = 0.25
-"""The share of a request's time after which it is also sent on a second connection."""
+"""The share of a request's time after which a request without a reply is also sent on a second connection."""
 
 
 class ReplyError(Exception):
-    """An error reply of the store, in its own words (without ``ERR``)."""
+    """An error reply of the store. The message is the text of the reply, without ``ERR``."""
 
 
 class ConnectionPool:
-    """The connections to one server; their number is the largest number of batches in flight so far.
+    """The connections to one server. Another connection is opened only if no connection is idle.
 
     Args:
-        on_close: called whenever a connection has been closed, unless it was discarded.
+        on_close: called whenever a connection has been closed, except by :meth:`Connection.discard`.
     """
 
     def __init__(self, on_close: Callable[[], None] | None = None) -> None:
         self.opened: set[Connection] = set()
         """All connections that have not been closed."""
         self.idle: list[Connection] = []
-        """Connections without a request, the last used at the end."""
+        """Connections without a request; the most recently used connection is the last."""
         self.on_close = on_close
         self.on_silent: Callable[[Connection], None] | None = None
         """Called with a connection whose request has no reply after :data:`HEDGE_SHARE` of its time."""
@@ -71,8 +71,8 @@ class ConnectionPool:
     async def connect(self, client: Any) -> Connection | None:
         """Open a connection with the options of redis-py's client.
 
-        ``None`` if requests must go through the client itself: without hiredis, or while an instrumentation (such as
-        OpenTelemetry's) wraps the client's method.
+        Return ``None`` if requests must go through the client itself, because hiredis is not installed, or because an
+        instrumentation (such as OpenTelemetry's) wraps the client's method.
 
         Raises:
             OSError, redis.RedisError: the server cannot be reached, or refuses this user.
@@ -90,7 +90,7 @@ class ConnectionPool:
         return Connection(self, connection.detach(), Reader(), pack)
 
     def drain(self) -> None:
-        """Accept no more requests: close idle connections now, the others after their reply."""
+        """Accept no more requests. Close idle connections now, and each other connection after its reply."""
         self._draining, self.on_close = True, None
         while self.idle:
             self.idle.pop().abort()
@@ -114,13 +114,13 @@ class ConnectionPool:
 
 
 class Connection(asyncio.Protocol):
-    """One connection. It carries one request at a time, and is closed if a request gets no reply.
+    """One connection, which carries one request at a time. If a request gets no reply, the connection is closed.
 
     Args:
-        pool: the pool that it belongs to.
-        writer: the stream's writer; nothing else may use the stream any more.
-        replies: the parser of hiredis.
-        pack: turns a command into bytes.
+        pool: the pool of the connection.
+        writer: the writer of an open stream, which only this object may use from now on.
+        replies: a parser of hiredis.
+        pack: converts a command to bytes.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Connection(asyncio.Protocol):
         self.words: tuple[str | int, ...] = ()
         """The current request, or the last one."""
         self.on_resend: Callable[[], None] | None = None
-        """Called before the request is also sent on another connection."""
+        """Called before the current request is also sent on another connection; ``None`` forbids that."""
         self.deadline = 0.0
-        """The deadline of that request, in the event loop's time."""
+        """The deadline of the current request, in the event loop's time."""
         self.last_used_s = self._loop.time()
         """When the last request was sent, in the event loop's time."""
         self._wake_s = 0.0
@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection is open; the event loop may not have noticed its end yet."""
+        """Whether the connection is open, as far as the event loop has noticed."""
         return not self._transport.is_closing()
 
     @property
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def pending(self) -> object | None:
-        """A token that identifies the pending request; ``None`` without one."""
+        """A token that identifies the pending request; ``None`` if no request is pending."""
         return self._on_reply
 
     def send(
@@ -180,10 +180,10 @@ class Connection(asyncio.Protocol):
         """Send a command.
 
         Args:
-            deadline: how long to wait for the reply, as a time of the event loop.
+            deadline: when the wait for the reply ends, in the event loop's time.
             on_reply: called once, with the reply or with an exception: :class:`ReplyError`, ``TimeoutError``, or
                 ``ConnectionResetError`` if the connection was closed.
-            on_resend: called before the command is also sent on another connection; ``None`` forbids that.
+            on_resend: called before the command is also sent on another connection; if ``None``, it is sent once only.
         """
         assert self._on_reply is None
         packed = self._pack(words)
@@ -232,7 +232,7 @@ class Connection(asyncio.Protocol):
             on_reply(reply)
 
     def discard(self) -> None:
-        """Close the connection without calling the pool's ``on_close``: the server is not suspect."""
+        """Close the connection without a call of the pool's ``on_close``, because the server is not suspect."""
         self._discarded = True
         self.abort()
 
@@ -283,7 +283,7 @@ class Connection(asyncio.Protocol):
         self._complete(reply)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection was closed, by either side."""
+        """Handle the end of the connection, which either side has closed."""
         if self._timer is not None:
             self._timer.cancel()
         self._pool.opened.discard(self)

@@ -1,4 +1,4 @@
-"""Login credentials that rotate: fetched at each connection, never shown."""
+"""Login credentials that rotate. They are fetched for each connection, and never shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CredentialSource = Any
 
 
 class Credentials:
-    """A ``CredentialProvider`` for redis-py around the caller's, whose errors might show a secret."""
+    """A ``CredentialProvider`` that wraps the caller's provider, and hides errors that might show a secret."""
 
     def __init__(self, source: CredentialSource) -> None:
         fetch = getattr(source, "get_credentials", source)
@@ -41,7 +41,7 @@ class Credentials:
         return _validated(fetched)
 
     async def get_credentials_async(self) -> tuple[str, ...]:
-        """Fetch the credentials; called by redis-py for each connection. A callable runs in a thread: it may block."""
+        """Fetch the credentials; called by redis-py for each connection. A blocking source runs in a thread."""
         if self._fetch_async is None:
             return await asyncio.to_thread(self.get_credentials)
         try:
@@ -55,7 +55,7 @@ def credentials_for(source: CredentialSource | None, url: StoreUrl | None) -> Cr
     """The credentials of a store, from the option ``credential_provider``.
 
     Args:
-        url: ``None`` is the embedded server, which has no users.
+        url: the store's URL; ``None`` for the embedded server, which has no users.
 
     Raises:
         InvalidArgument: the source is not a provider, or the URL contains a login as well.

@@ -1,8 +1,9 @@
 """Discovery of the primary server: by Sentinel, or by the nodes of a cluster.
 
-All sources are queried at once, with a short deadline, and their replies are compared: a source that is dead, hangs,
-or is cut off by a partition must neither delay nor mislead the client. (redis-py's Sentinel queries one source after
-another and trusts the first reply; its RedisCluster sends no scripts through a pipeline and has no deadlines.)
+A *source* is a sentinel or a node of the cluster. All sources are queried at once, with a short deadline, and their
+replies are compared: a source that is dead, hangs, or is cut off by a partition must neither delay nor mislead the
+client. (redis-py's Sentinel queries one source after another and trusts the first reply; its RedisCluster sends no
+scripts through a pipeline and has no deadlines.)
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ _SLOTS = ("CLUSTER", "SLOTS")
 
 
 class PrimaryNotFound(Exception):
-    """No primary server was found. ``confirmed``: the sources replied that there is none; else they did not reply."""
+    """No primary server was found.
+
+    ``confirmed`` is true if the sources replied that there is no primary, and false if they gave no useful reply.
+    """
 
     def __init__(self, message: str, confirmed: bool) -> None:
         super().__init__(message)
@@ -56,7 +60,7 @@ class DiscoveryRefused(Exception):
 class _Source:
     """One sentinel or cluster node, with a connection that stays open.
 
-    Commands bypass redis-py's client, which an instrumentation may wrap, because they belong to no caller.
+    Commands do not go through redis-py's client: an instrumentation of the client would attribute them to a caller.
     """
 
     def __init__(self, url: str, credentials: Credentials | None = None) -> None:
@@ -98,7 +102,10 @@ class _Source:
             raise
 
     async def subscribe(self, channels: Sequence[str], on_message: Callable[[], None]) -> None:
-        """Call back at each message on these channels, on another connection, until that is closed."""
+        """Call ``on_message`` at each message on these channels, until the connection is closed.
+
+        The subscription has a connection of its own.
+        """
         connection = redis_connection(self._url, self._credentials)
         try:
             await connection.connect()
@@ -117,13 +124,13 @@ class _Source:
 
 
 class Discovery:
-    """Finds the primary server, and notices when it changes."""
+    """Finds the primary server, and notices when another server becomes the primary."""
 
     interval_s = 1.0
     """How often :class:`~.failover.FailoverStore` checks its server."""
     always_checks = False
-    """Whether it queries the sources at each check. Otherwise only after a sign of trouble: a cluster node that is no
-    longer the primary redirects its clients."""
+    """Whether each check queries the sources. If false, a check queries them only after a sign of trouble, because a
+    cluster node that is no longer the primary redirects its clients."""
 
     def __init__(self, url: StoreUrl, credentials: Credentials | None = None) -> None:
         self.url = url
@@ -138,12 +145,12 @@ class Discovery:
 
         Raises:
             PrimaryNotFound: there is no primary, or no source replied.
-            DiscoveryRefused: the sources refuse this user, or are not sources of such a store.
+            DiscoveryRefused: the sources refuse this user, or do not support the query.
         """
         raise NotImplementedError
 
     async def subscribe(self, on_change: Callable[[], None]) -> None:
-        """Call back whenever the primary may have changed; never return."""
+        """Call ``on_change`` whenever the primary may have changed. The method never returns."""
         await asyncio.Event().wait()
 
     def add_node(self, address: Address) -> None:
@@ -165,7 +172,7 @@ class Discovery:
         return source
 
     async def query(self, addresses: Iterable[Address], *commands: Sequence[str]) -> list[tuple[Address, Any]]:
-        """Query sources at once; return each one's replies, or its exception. Sources that are late are left out."""
+        """Query these sources concurrently. Return the replies or the exception of each source that is not late."""
         tasks = {asyncio.ensure_future(self._source(address).query(commands)): address for address in addresses}
         loop = asyncio.get_running_loop()
         pending, outcomes, ends_s = set(tasks), list[tuple[Address, Any]](), loop.time() + QUERY_TIMEOUT_S
@@ -221,7 +228,7 @@ class SentinelDiscovery(Discovery):
         return self.url.sentinel_at(address)
 
     async def find(self, suspect: Address | None) -> Address:
-        """See :class:`Discovery`. A master that is objectively down is ignored."""
+        """See :class:`Discovery`. A master that Sentinel reports as objectively down does not count as primary."""
         service = self.url.service
         commands = ("SENTINEL", "MASTER", service), ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         outcomes = await self.query(self.url.hosts, *commands)
@@ -309,6 +316,9 @@ def primary_of_slot(slot: int, ranges: Any, source: Address) -> tuple[Address | 
 
 
 def node_address(member: Sequence[Any], source: Address) -> Address | None:
-    """Parse a node's host and port; a node without a name has the source's host. ``None``: unknown address."""
+    """Parse the host and port of a node. Return ``None`` if the address is unknown.
+
+    A node without a host name has the host of the source.
+    """
     host = (member[0] or b"").decode()
     return None if host == "?" else (host or source[0], int(member[1]))

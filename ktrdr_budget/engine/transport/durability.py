@@ -20,7 +20,7 @@ _UNCONFIRMED = {"replica": "no replica has confirmed it", "disk": "it is not on 
 
 
 def check_durability(value: object) -> None:
-    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` unless the value is a :data:`Durability`."""
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if the value is not a :data:`Durability`."""
     if value not in get_args(Durability):
         raise InvalidArgument(f"durability must be 'memory', 'replica' or 'disk', not {shown(value)}")
 
@@ -28,10 +28,10 @@ def check_durability(value: object) -> None:
 async def execute_durably(
     node: Node, words: Sequence[Any], asking: bool, durability: Durability, meta: str, within_s: float, shown: str
 ) -> Any:
-    """Send a batch; return its reply once its writes are confirmed.
+    """Send a batch, and return its reply once the writes of the batch are confirmed.
 
     Args:
-        asking: send ``ASKING`` first, to a node that is importing the slot.
+        asking: whether ``ASKING`` is sent first, as a node requires that is importing the slot.
         meta: the tenant's ``meta`` key.
         within_s: the longest wait, in seconds.
 

@@ -41,8 +41,8 @@ class Transient(Exception):
     """The store did not reply, or replied with a temporary error, so that a retry may succeed.
 
     Args:
-        sent: the request may have been executed.
-        answered: the store has replied that it cannot serve the request now.
+        sent: whether the request may have been executed.
+        answered: whether the store has replied that it cannot serve the request now.
     """
 
     def __init__(self, message: str, sent: bool, *, answered: bool = False) -> None:
@@ -62,12 +62,12 @@ class Redirection(NamedTuple):
     """A redirect of a cluster node: permanent (MOVED), or for this request only (ASK), while a slot migrates."""
 
     host: str
-    """Empty if it is the host of the redirecting node."""
+    """The host of the target; empty if the target has the host of the redirecting node."""
     port: int
     asking: bool
 
     def address(self, redirecting: Address) -> Address:
-        """The address of the target, given that of the redirecting node."""
+        """The address of the target, given the address of the redirecting node."""
         return (self.host or redirecting[0], self.port)
 
 
@@ -144,7 +144,7 @@ def _connect_failure(error: Exception) -> str:
 
 
 def _reply_text(error: Exception) -> str:
-    """The error reply with its code, which redis-py removes where it has a class for the code."""
+    """The text of an error reply with its code. redis-py removes the code if the code has a class in redis-py."""
     name = type(error).__name__
     code = {"ReadOnlyError": "READONLY", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN"}
     code |= {"MasterDownError": "MASTERDOWN", "BusyLoadingError": "LOADING"}
@@ -152,7 +152,7 @@ def _reply_text(error: Exception) -> str:
 
 
 def without_secrets(error: Exception) -> str:
-    """The first line of an error, at most 300 characters, with the login masked where it contains a URL."""
+    """The first line of an error, at most 300 characters. If the line contains a URL, the login is masked."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", without_script_location(line))[:300]
 
@@ -165,12 +165,12 @@ def answered(error: BaseException) -> bool:
 def unavailable(
     error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False, waited: str = ""
 ) -> StoreUnavailable:
-    """The error that a caller gets when its deadline has passed.
+    """The error for a call whose deadline has passed.
 
     Args:
         error: the last failure; ``None`` if the store replied and the call waited for another reason.
-        timeout: the call's time, in seconds.
-        waited: the reason of that wait.
+        timeout: the time that the call had, in seconds.
+        waited: why the call waited if ``error`` is ``None``; if empty, the call waited for its turn.
     """
     if error is None:
         text = f"store at {shown}: {waited or 'the call waited for its turn'}; gave up after {timeout:g} s"

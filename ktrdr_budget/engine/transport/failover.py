@@ -44,7 +44,7 @@ class FailoverStore(Store):
     """A store behind Sentinel, or on one slot of a cluster.
 
     Args:
-        key: any key of the tenant: all have the same slot.
+        key: any key of the tenant, since all keys of a tenant are in the same slot.
     """
 
     def __init__(self, url: str, parsed: StoreUrl, key: str, credentials: Credentials | None = None) -> None:
@@ -148,7 +148,10 @@ class FailoverStore(Store):
         node.connections.on_close = lambda: self._leave(node)
 
     def _leave(self, node: Node, *, abort: bool = False) -> None:
-        """Send no more requests to this server; discover another. ``abort``: do not await pending replies."""
+        """Send no more requests to this server. The next request discovers the primary.
+
+        If ``abort`` is set, pending requests fail at once; otherwise their replies are awaited.
+        """
         if node is not self.node:
             return
         self.node, self._connections = None, ConnectionPool()
@@ -171,7 +174,7 @@ class FailoverStore(Store):
             self._leave(node)
 
     def failure(self, error: Exception) -> Exception:
-        """See :meth:`Store.failure`; :meth:`apply` follows redirects."""
+        """See :meth:`Store.failure`. A redirect becomes :class:`NoScript`, so that :meth:`apply` retries."""
         node = self.node
         if redirection(error) is not None:
             if node is not None:
@@ -235,7 +238,7 @@ class FailoverStore(Store):
         """Leave the server if it is no longer the primary.
 
         Args:
-            hanging: a request to it has been pending for a whole interval.
+            hanging: whether a request to the server has been pending for a whole interval.
         """
         assert self._discovery is not None
         discovery = self._discovery

@@ -24,10 +24,10 @@ class Node:
     """One server and the connections to it.
 
     Args:
-        url: in redis-py's form, secrets included.
-        address: ``None`` if the store is a single server.
-        connect_timeout: seconds to open a connection; ``None``: the deadline of the call.
-        credentials: fetched at each connection.
+        url: the URL of the server in redis-py's form, including secrets.
+        address: the address of the server; ``None`` if the store is a single server.
+        connect_timeout: seconds to open a connection; if ``None``, only the deadline of the call applies.
+        credentials: the source of the login for each connection; if ``None``, the URL contains the login, if any.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Node:
         task.add_done_callback(self._hedges.discard)
 
     async def _resend(self, silent: Connection) -> None:
-        """Send the request of a silent connection also on a new one; the first reply is used.
+        """Send the request of a silent connection again on a new connection. The first reply is used.
 
         If the new connection replies first, the silent one is dead, and every connection that was idle meanwhile may
         be dead as well.
@@ -87,7 +87,7 @@ class Node:
             async with asyncio.timeout_at(silent.deadline):
                 fresh = await self._connect()
         except Exception:
-            return  # the silent connection is still awaited, and a further attempt reports the cause
+            return  # the reply of the silent connection is still awaited, and a further attempt reports the cause
         if fresh is None:
             return
         if silent.pending is not request:
@@ -106,7 +106,10 @@ class Node:
     async def with_hedge(
         self, send: Callable[[], Awaitable[Result]], deadline: float, on_resend: Callable[[], None] | None
     ) -> Result:
-        """Send by redis-py's client, with the same second attempt on a new connection."""
+        """Send by redis-py's client. If no reply comes for a while, also send on a new connection.
+
+        If ``on_resend`` is ``None``, the request is sent once only.
+        """
         if on_resend is None:
             return await send()
 
@@ -127,7 +130,7 @@ class Node:
         """Send one command by redis-py's client.
 
         Args:
-            asking: send ``ASKING`` first, to a node that is importing the slot.
+            asking: whether ``ASKING`` is sent first, as a node requires that is importing the slot.
         """
         return await self.with_hedge(partial(self._execute, words, asking), deadline, on_resend)
 
@@ -152,7 +155,7 @@ class Node:
 
 
 def redis_connection(url: str, credentials: Credentials | None = None) -> Any:
-    """A connection of redis-py outside of any client's pool, not opened yet."""
+    """Create a connection of redis-py that is not open yet and belongs to no client."""
     return _pool(url, credentials).make_connection()
 
 
@@ -166,7 +169,7 @@ def _client(url: str, credentials: Credentials | None) -> Any:
 
 
 def _pool(url: str, credentials: Credentials | None) -> Any:
-    """A pool whose connections do not retry: each call's deadline bounds retries, and redis-py has no such deadline."""
+    """Create a pool whose connections do not retry, because retries by redis-py would ignore the deadline of a call."""
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 

@@ -11,7 +11,7 @@ __all__ = ["WrongProtocol", "check_protocol"]
 
 _TIMEOUT_S = 0.5
 _REQUEST = b"PING / HTTP/1.0\r\n\r\n"
-"""An error to Redis and to an HTTP server alike, so that each replies in its own protocol."""
+"""A request that is invalid for Redis and for HTTP servers, so that each server replies in its own protocol."""
 
 
 class WrongProtocol(Exception):
@@ -21,7 +21,7 @@ class WrongProtocol(Exception):
 def check_protocol(address: Address, tls: bool) -> WrongProtocol | None:
     """Send a request without TLS and without a login, on a separate connection, and identify the server by its reply.
 
-    ``None`` if the reply explains nothing. Blocks for up to a second.
+    Return ``None`` if the reply does not explain the failure. The function blocks for up to a second.
 
     Args:
         tls: whether the store's URL asks for TLS.

@@ -24,11 +24,11 @@ __all__ = ["pool_of"]
 _CHECK_AFTER_S = 0.2
 """Seconds without a reply on the first connection after which the server's protocol is checked."""
 _CHECKS = 2
-"""Attempts of that check: the server, or this machine, may be busy."""
+"""How often the protocol is checked at most, since the server or this machine may be busy."""
 
 
 class _Detachable:
-    """Packs commands by :mod:`.resp`, and can hand over its stream."""
+    """A connection that packs commands by :mod:`.resp`, and can hand over its stream."""
 
     _writer: asyncio.StreamWriter | None
     _reader: asyncio.StreamReader | None
@@ -52,7 +52,10 @@ class _Inconclusive(Exception):
 
 
 class _Checked(_Detachable):
-    """Checks the protocol of a server that is slow or fails, since TLS on one side only looks like a timeout."""
+    """A connection that checks the protocol of a server that is slow or fails.
+
+    Without this check, TLS on one side only would look like a timeout.
+    """
 
     _tls = False
     pool: _Pool | None = None
@@ -116,7 +119,7 @@ class _Pool(ConnectionPool):
     """A pool that replaces connections that were idle for too long, as :class:`~.connection.ConnectionPool` does."""
 
     has_connected = False
-    """Whether a connection was made before: then the server speaks the right protocol."""
+    """Whether a connection was opened before. If so, the server speaks the right protocol."""
 
     def make_connection(self) -> Any:
         """See redis-py."""
@@ -143,7 +146,7 @@ class _Pool(ConnectionPool):
 
 
 def pool_of(url: str, **options: Any) -> ConnectionPool:
-    """A pool of such connections, for a URL in redis-py's form."""
+    """Create a pool of the connections of this module, for a URL in redis-py's form."""
     pool: ConnectionPool = _Pool.from_url(url, **options)
     pool.connection_class = _CLASSES.get(pool.connection_class, pool.connection_class)
     return pool

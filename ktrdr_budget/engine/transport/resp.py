@@ -1,4 +1,4 @@
-"""Packing of commands and parsing of replies in RESP: by hiredis, or by redis-py without it."""
+"""Packing of commands and parsing of replies in RESP. If hiredis is installed, hiredis does both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _pack_in_python(words: tuple[Any, ...]) -> bytes:
 pack: Callable[[tuple[Any, ...]], bytes]
 """Pack a command, whose words are ``bytes``, ``str`` or ``int``."""
 Reader: Any
-"""The parser of hiredis; ``None`` without the extra ``fast``."""
+"""The parser of hiredis; ``None`` if hiredis (the extra ``fast``) is not installed."""
 try:
     from hiredis import Reader
     from hiredis import pack_command as pack

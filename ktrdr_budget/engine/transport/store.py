@@ -1,6 +1,7 @@
-"""A limiter's store: one server, to which batches, reads and commands go. redis-py is imported at the first connection.
+"""The store of a limiter: one server that receives batches, reads and commands.
 
-:class:`Store` is a single server; :class:`~.failover.FailoverStore` replaces its server.
+:class:`Store` is always the same server; :class:`~.failover.FailoverStore` changes its server after a failover.
+redis-py is imported at the first connection.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def _may_run_twice() -> None:
 
 
 class Store:
-    """A store on a single server. It opens at the first request; closing is final.
+    """A store on a single server. The first request opens the store. After a close, the store is not used again.
 
     Args:
-        url: ``None`` in a subclass that finds its server by other means.
-        credentials: fetched at each connection.
+        url: the store's URL; ``None`` in a subclass that finds its server by other means.
+        credentials: the source of the login for each connection; if ``None``, the URL contains the login, if any.
     """
 
     def __init__(self, url: str | None, credentials: Credentials | None = None) -> None:
@@ -44,7 +45,7 @@ class Store:
         self.durability: Durability = "memory"
         """Where a batch's writes must be before the batch counts as acknowledged."""
         self.node: Node | None = None
-        """The server that requests go to; ``None`` before the first, and while it is being looked up."""
+        """The server that receives requests; ``None`` before the first request and during a discovery."""
         self._connections = ConnectionPool()
         """The connections of :attr:`node`, kept here because every batch needs them."""
         self._opening: asyncio.Lock | None = None
@@ -97,7 +98,7 @@ class Store:
 
     @property
     def ready(self) -> bool:
-        """Whether an idle connection is available; :meth:`begin` may still find that it was idle for too long."""
+        """Whether there is an idle connection. :meth:`begin` may still find that it was idle for too long."""
         return bool(self._connections.idle)
 
     def begin(
@@ -109,13 +110,13 @@ class Store:
         on_reply: Callable[[Any], None],
         on_resend: Callable[[], None],
     ) -> bool:
-        """Send one batch of a write script at once, if a connection is ready; return whether it was sent.
+        """Send one batch of a write script at once, if a connection is ready. Return whether the batch was sent.
 
         Args:
-            name: of the script.
-            deadline: how long to wait for the reply, as a time of the event loop.
+            name: the name of the script.
+            deadline: when the wait for the reply ends, in the event loop's time.
             on_reply: called once, with the reply, or with an exception for :meth:`failure` to translate.
-            on_resend: called before the batch is sent a second time, because its connection is silent.
+            on_resend: called before the batch is sent a second time because its connection is silent.
         """
         connection = self._connections.check_out()
         if connection is None:
@@ -134,7 +135,7 @@ class Store:
         """Send one batch of a write script and return its reply; connect first if needed.
 
         Args:
-            deadline, on_resend: see :meth:`begin`; without ``on_resend`` the batch is not sent a second time.
+            deadline, on_resend: see :meth:`begin`. If ``on_resend`` is ``None``, the batch is not sent a second time.
 
         Raises:
             TimeoutError: no reply by the deadline.
@@ -192,11 +193,11 @@ class Store:
         """Run a read script or a plain command and return its reply; the write script is sent as a batch.
 
         Args:
-            deadline: how long to wait for the reply, as a time of the event loop.
+            deadline: when the wait for the reply ends, in the event loop's time.
 
         Raises:
             TimeoutError: no reply by the deadline.
-            Transient: no reply, or one that may soon change.
+            Transient: the store did not reply, or cannot serve the request at the moment.
             StoreError: the store refuses the request.
         """
 
@@ -247,13 +248,16 @@ class Store:
         raise Transient(f"store at {self.shown}: its nodes redirect in a circle", sent=False)
 
     async def _current_node(self) -> Node:
-        """The server that requests go to."""
+        """The server that receives the next request, opened or discovered if necessary."""
         await self.open()
         assert self.node is not None
         return self.node
 
     def _redirect(self, node: Node, error: Exception) -> tuple[Node, bool] | None:
-        """The redirect target, and whether it is a one-off ASK rather than a permanent MOVED; ``None``: no redirect."""
+        """The target of a redirect, and whether the redirect is for this request only (ASK, not MOVED).
+
+        Return ``None`` if the error is not a redirect.
+        """
         return None
 
     def _on_failure(self, node: Node, error: Exception | None) -> None:

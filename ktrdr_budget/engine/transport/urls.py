@@ -2,7 +2,7 @@
 
 =============================================================  =====================================================
 ``redis://[user:password@]host[:port][/db]``                   one server
-``rediss://…``                                                 the same over TLS, as all schemes below with this ``s``
+``rediss://…``                                                 one server over TLS (also ``rediss+cluster://``, …)
 ``unix://[user:password@]/path/of/the/socket``                 one server on this machine
 ``redis+cluster://[user:password@]host:port,host:port,…``      a cluster, through any of these nodes
 ``redis+sentinel://[user:password@]host:port,…/service[/db]``  the master that these sentinels name
@@ -100,7 +100,10 @@ class StoreUrl:
         return _SCHEMES[self.scheme][1]
 
     def at(self, address: Address, **defaults: str) -> str:
-        """The URL of one server of this store, for redis-py, secrets included; ``defaults`` are further options."""
+        """The URL of one server of this store, for redis-py, including secrets.
+
+        Options in the store's URL take precedence over ``defaults``.
+        """
         options = {**defaults, **{name: value for name, value in self.options if not name.startswith("sentinel_")}}
         return self._redis_url(self.login, address, options)
 
@@ -121,7 +124,7 @@ def check_url(url: str) -> str:
     """Return the URL if it is valid.
 
     Raises:
-        InvalidArgument: it is not; the message shows no secret.
+        InvalidArgument: the URL is invalid; the message shows no secret.
     """
     parse_url(url)
     return url
@@ -139,7 +142,7 @@ def parse_url(url: str) -> StoreUrl:
     """Parse a URL.
 
     Raises:
-        InvalidArgument: it is not the URL of a store; the message shows no secret.
+        InvalidArgument: the text is not the URL of a store; the message shows no secret.
     """
     if not isinstance(url, str):
         raise _invalid("it is not a string")

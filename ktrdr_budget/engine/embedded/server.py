@@ -75,7 +75,7 @@ class EmbeddedServer:
         return _url(self.socket_path)
 
     def ensure(self, *, timeout_s: float = 10.0) -> None:
-        """Wait until the server replies. If no supervisor is alive, start a supervisor, which starts the server.
+        """Wait until the server replies. If no supervisor is alive, start one, which starts or adopts the server.
 
         A client that has lost its connection calls this method. A supervisor restarts a server that has died. But if
         the supervisor has died too, or could not restart the server, a user must start a new supervisor.
@@ -261,7 +261,7 @@ def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
 
 
 def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> None:
-    """Wait until the server replies. If there is no supervisor, start a supervisor, which starts the server.
+    """Wait until the server replies. If no supervisor is alive, start one, which starts or adopts the server.
 
     The caller must hold the users' lock, so that no supervisor stops the server meanwhile.
     """
@@ -348,14 +348,14 @@ def _read_report(reader: int, deadline: _Deadline) -> str | None:
 
 
 def supervisor_command() -> list[str]:
-    """The command line of a supervisor. For a fast start, Python runs a file, isolated and without site-packages."""
+    """The command line of a supervisor. Python runs its file isolated and without site-packages, for speed."""
     if not sys.executable:
         raise EmbeddedServerError("the embedded server needs a Python interpreter: sys.executable is empty")
     return [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute())]
 
 
 def supervisor_environment() -> dict[str, str]:
-    """The environment of the supervisor and the server. Both outlive the starting process; its secrets are left out.
+    """The environment of the supervisor and the server, without the secrets of the process that starts them.
 
     The locale is fixed: the server refuses to start under a locale that is not installed.
     """

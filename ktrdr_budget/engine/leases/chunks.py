@@ -193,7 +193,7 @@ class Chunks:
         self.uses = 0
         """The number of grants so far."""
         self.last_refill_error: Exception | None = None
-        """The error of the last request for a chunk; ``None`` if it succeeded."""
+        """The error of the last request for a chunk; ``None`` if that request succeeded."""
         self.closed_reason: str | None = None
         """Why the lease grants nothing more; ``None`` while it is open."""
         self._spent_before = 0
@@ -389,7 +389,7 @@ class Chunks:
     def refusal(self, units: int) -> Exception:
         """The error for units that the chunks have no room for.
 
-        If the last request for a chunk failed, this is the failure; otherwise its reason is ``lease_refilling``.
+        If the last request for a chunk failed, the error states why. Otherwise its reason is ``lease_refilling``.
         """
         left = self.room()
         error = self.last_refill_error

@@ -103,7 +103,7 @@ class LeaseBase(Chunks):
         ttl: seconds without a heartbeat after which the store charges a chunk.
         idle: seconds without use after which chunks are released; if ``None``, idle chunks are kept.
         operation: the label of the chunks in lists of holds and in the ledger.
-        eager: whether the first chunk of each window is requested before, or only when, a caller needs the chunk.
+        eager: if true, the first chunk of each window is requested in advance; if false, when a caller needs room.
 
     Raises:
         InvalidArgument, UnknownBudget: an option is not usable.
@@ -202,7 +202,7 @@ class LeaseBase(Chunks):
         If the store does not reply, the settlement of a chunk is deferred until the store replies.
 
         Args:
-            all_grants: whether the open grants are charged in full now; otherwise their chunks are settled after them.
+            all_grants: if true, open grants are charged in full now; if false, each chunk waits for its grants.
         """
         if self._loop is None or self.closed_reason == _FORKED:
             self.stop(_CLOSED)

@@ -31,7 +31,7 @@ async def execute_durably(
     """Send a batch, and return its reply once the writes of the batch are confirmed.
 
     Args:
-        asking: whether ``ASKING`` is sent first, as a node requires that is importing the slot.
+        asking: whether ``ASKING`` is sent first, because the node is importing the slot.
         meta: the tenant's ``meta`` key.
         within_s: the longest wait, in seconds.
 

@@ -54,7 +54,7 @@ class Transient(Exception):
 class NoScript(Exception):
     """The request was not executed; ``Store.apply`` can resend it.
 
-    The server lacks the script (after a restart, SCRIPT FLUSH, on another node), or a cluster node sent a redirect.
+    Either the server lacks the script, for example after a restart or a failover, or a cluster node sent a redirect.
     """
 
 

@@ -235,7 +235,7 @@ class FailoverStore(Store):
             subscription.cancel()
 
     async def check(self, node: Node, *, hanging: bool = False) -> None:
-        """Leave the server if it is no longer the primary.
+        """Send no more requests to this server if the server is no longer the primary.
 
         Args:
             hanging: whether a request to the server has been pending for a whole interval.

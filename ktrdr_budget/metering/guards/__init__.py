@@ -56,7 +56,7 @@ def guard(
     unseen_output_tokens: int = 256,
     allow_unmetered: bool = False,
 ) -> Client:
-    """Guard a client: reserve the worst case of each call before it is sent, and commit the usage that is reported.
+    """Guard a client: reserve the worst case of each call before the call is sent, and commit the reported usage.
 
     Args:
         client: a client of the SDK ``anthropic`` or ``openai``. The same object is returned; copies by ``copy()`` and
@@ -66,18 +66,20 @@ def guard(
         pricer: the source of prices; by default as for :class:`~ktrdr_budget.metering.meter.Meter`.
         provider: the provider's name in the price list; needed if the client's ``base_url`` is another provider's
             (``openrouter``, …).
-        max_output_tokens: the output limit of requests that set none; it is added to them. Without it such a request
-            reserves the model's published output limit, or else its context window; if neither is known, it is refused.
-        max_input_tokens: the bound of input that is not part of the request: documents, files, and stored
-            conversations. Without it such requests are refused.
-        unseen_output_tokens: allowance, when a stream breaks off, for output that was produced but had not arrived.
-        allow_unmetered: send calls that cannot be metered. They are not recorded unless they report usage.
+        max_output_tokens: the output limit that the guard adds to requests that set none. If ``None``, the model's
+            published output limit is reserved for such a request, or else the model's context window. If neither is
+            known, the request is refused.
+        max_input_tokens: an upper bound of input that the request only refers to: documents, files, and stored
+            conversations. If ``None``, requests with such input are refused.
+        unseen_output_tokens: tokens charged, if a stream breaks off, for output that was produced but had not arrived.
+        allow_unmetered: whether to send calls that cannot be metered; by default they are refused. Such calls are
+            recorded only if they report usage.
 
     Raises:
         InvalidArgument: the client cannot be guarded, or does not match the limiter.
         UnknownBudget: the limiter has no such budget.
 
-    Calls then raise, before anything is sent:
+    Calls of the guarded client raise, before anything is sent:
         BudgetExceeded: the worst case does not fit.
         UnknownPrice: the model has no price.
         UnmeteredCall: the call cannot be bounded, or its endpoint is not metered.
@@ -99,7 +101,7 @@ def guard(
 
 
 def _supported(client: object) -> tuple[str, type[Any], bool]:
-    """The default provider, the dialect, and whether the client is async."""
+    """Return the client's default provider, its dialect, and whether the client is async."""
     kinds = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(client).__mro__]
     known = [kind for kind in kinds if kind in _SUPPORTED]
     # The SDKs derive clients of other platforms (Bedrock, Vertex, …) from these, with other APIs.
@@ -117,9 +119,9 @@ def _supported(client: object) -> tuple[str, type[Any], bool]:
 
 
 def _install(client: Any, dialect: Dialect, options: GuardOptions, is_async: bool) -> Any:
-    """Put a transport between the client and its HTTP client, and around each of its calls."""
+    """Put a transport between the client and its HTTP client, and run each call of the client through the transport."""
     if "X509" in type(getattr(client, "_workload_identity_auth", None)).__name__:
-        # Such a client sends by another HTTP client.
+        # Such a client sends its requests by an HTTP client that is not `client._client`.
         raise InvalidArgument("a client that authenticates by X.509 certificates cannot be guarded")
     inner = client._client
     while isinstance(inner, MeteredTransport):  # shared with a guarded client

@@ -38,17 +38,18 @@ _FREE = re.compile(
 _CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
 _READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
 _READABLE_ENDINGS = ("tool_use", "_result", "_output", "_error")
-"""Earlier calls and results of the provider's tools; the blocks within the results are checked separately."""
+"""Endings of the types of earlier calls of the provider's tools, and of the results of these calls. The blocks within
+the results are checked separately."""
 _UNBOUNDED = ("container", "mcp_servers", "fallback_credit_token", "compaction", "inference_geo")
 _SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
-"""Models that think only if the request enables it; other models may decide to think."""
+"""Models that think only if the request enables thinking. Other models may think without it."""
 
 
 class AnthropicDialect:
     """See :class:`~.dialect.Dialect`."""
 
     def route(self, method: str, path: str) -> Route:
-        """See :meth:`Dialect.route`. Only messages are metered; other endpoints that may spend are refused."""
+        """See :meth:`Dialect.route`. Only messages are metered; other endpoints that may cost money are refused."""
         if method != "POST" or _FREE.search(path):
             return "free"
         return "messages" if _MESSAGES.search(path) else "refused"
@@ -114,7 +115,7 @@ def _blocks(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _longest_tool(body: dict[str, Any]) -> int:
-    """The bound of a reference to a tool, which stands for the tool's definition."""
+    """Return the bound of a reference to a tool: the provider replaces the reference by the tool's definition."""
     return max([text_bytes(json.dumps(tool)) for tool in body.get("tools") or []], default=0)
 
 
@@ -145,7 +146,7 @@ def _requested_tier(body: dict[str, Any]) -> str | None:
 
 
 def hides_output(model: str, thinking: Any) -> bool:
-    """Whether a model may think, which is billed in full, but shown as a summary or not at all."""
+    """Whether a model may think. Thinking is billed, but at most a summary of it is shown."""
     if isinstance(thinking, dict):
         return thinking.get("type") != "disabled"
     return not _SHOWS_ALL.search(model)
@@ -155,7 +156,7 @@ class _MessagesUsageParser(UsageParser):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._output_reported = False
-        """A ``message_delta`` has reported the output; ``message_start`` reports it too early."""
+        """Whether a ``message_delta`` has reported the output; the count in ``message_start`` is a placeholder."""
 
     def parse_document(self, document: dict[str, Any]) -> None:
         self.final = self.merge(document.get("usage"))

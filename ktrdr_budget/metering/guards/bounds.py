@@ -3,8 +3,8 @@
 Input: these providers use byte-level tokenizers, which produce at most one token per byte of UTF-8 text. The serialised
 request contains all text that the provider reads (messages, names, schemas, roles), so its length in bytes is an upper
 bound. A constant covers the tokens that a provider adds itself, such as instructions for tools. Images are billed by
-their size in pixels, so an image counts as the maximum price of one instead of its bytes. Files, stored conversations
-and tools that the provider runs cannot be bounded from the request.
+their size in pixels, so an image counts as the tokens of the largest image, not as its bytes. Files, stored
+conversations and tools that the provider runs cannot be bounded from the request.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ ROUTING_FIELDS = (
     *("search_settings", "compound_custom"),  # Groq
     "multi_agent",  # OpenAI
 )
-"""Fields that may route a request to models other than the priced one, or to work billed in addition to tokens.
-Gateways accept them at every endpoint."""
+"""Fields of a request that may cause an answer by another model than the priced one, or work billed in addition to
+tokens. Gateways accept these fields at every endpoint."""
 HIDDEN_INPUT_TOKENS = 1024
 """Upper bound of the tokens that a provider adds to a request. The highest published number is 530, for the use of
 tools (docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
@@ -89,23 +89,27 @@ class Bound:
     choices: int = 1
     """The number of answers that the request asks for."""
     hidden_output: bool = False
-    """The model may produce tokens, such as reasoning, that a stream does not contain."""
+    """Whether the model may produce tokens, such as reasoning, that a stream does not contain."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields to add to the request, for the bound or the usage report; ``None`` removes a field."""
+    """Fields to set in the request, so that the bound holds and a stream reports usage. A value of ``None`` removes the
+    field."""
     output_hint: str = ""
-    """The source of the output bound and the way to lower it, for messages."""
+    """Where the output bound comes from, and how to lower it; a part of messages."""
     hide_usage: bool = False
-    """Whether to hide the chunk that reports usage, because the caller did not request it."""
+    """Whether to hide the chunk that reports usage from the caller, because the caller did not request that chunk."""
     reports_usage: bool = True
-    """False if the caller disabled the usage report of a stream."""
+    """Whether the provider reports usage; false if the caller disabled the usage report of a stream."""
 
     def covers(self, other: Bound) -> bool:
-        """Whether a reservation for this bound also covers the other one."""
+        """Whether a reservation for this bound also covers a request with the other bound."""
         return replace(self, changes={}) == replace(other, changes={})
 
 
 def known_output_maximum(options: GuardOptions, model: str) -> int | None:
-    """The published output limit of a model; else its context window, if listed, which the output cannot exceed."""
+    """Return the published output limit of a model, or else its listed context window; ``None`` if neither is known.
+
+    The output cannot exceed the context window.
+    """
     published = published_output_maximum(options.provider, model)
     if published is not None:
         return published
@@ -119,7 +123,7 @@ def known_output_maximum(options: GuardOptions, model: str) -> int | None:
 
 
 def output_bound(options: GuardOptions, model: str, limit: object, parameter: str) -> tuple[int, dict[str, Any]]:
-    """The bound of one answer's output, and the field to add to the request if the bound is not in it.
+    """Return the bound of one answer's output, and the field to add to the request if the request sets no limit.
 
     Args:
         limit: the output limit in the request; ``None`` without one.
@@ -144,14 +148,14 @@ def output_bound(options: GuardOptions, model: str, limit: object, parameter: st
 
 
 def output_hint(options: GuardOptions, limit: object, parameter: str) -> str:
-    """The source of :func:`output_bound` and the way to lower it, for messages."""
+    """Describe where the result of :func:`output_bound` comes from, and how to lower it."""
     if limit is None and options.max_output_tokens is None:
         return f"the model's maximum; lower it with {parameter}"
     return f"lower it with {parameter}"
 
 
 def whole_number(value: object, name: str) -> int:
-    """Check a count in the request.
+    """Check a count in the request, and return it.
 
     Raises:
         UnmeteredCall: the value is not a whole, non-negative number.
@@ -174,19 +178,19 @@ class InputBound:
         self._unknown_sizes: list[str] = []
 
     def replace(self, data: object, tokens: int) -> None:
-        """Count data that is not billed as text with this many tokens instead of its bytes."""
+        """Count ``tokens`` instead of the bytes of ``data``, because the data is not billed as text."""
         self._tokens += tokens - (len(data) if isinstance(data, str) else 0)
 
     def add(self, tokens: int) -> None:
-        """Add tokens that are not in the request."""
+        """Add tokens of input that is not in the request."""
         self._tokens += tokens
 
     def add_unknown_size(self, description: str) -> None:
-        """Note input of unknown size."""
+        """Note that the request has input of unknown size; :meth:`total` then needs a bound for that input."""
         self._unknown_sizes.append(description)
 
     def refuse(self, feature: str) -> None:
-        """Refuse a feature whose cost has no bound.
+        """Refuse a feature whose cost has no bound. If the guard allows unmetered calls, this has no effect.
 
         Raises:
             UnmeteredCall: the guard does not allow unmetered calls.
@@ -198,7 +202,7 @@ class InputBound:
         """The bound in tokens.
 
         Raises:
-            UnmeteredCall: the request has input of unknown size.
+            UnmeteredCall: the request has input of unknown size, for which the guard has no ``max_input_tokens``.
         """
         if not self._unknown_sizes:
             return self._tokens
@@ -210,7 +214,7 @@ class InputBound:
 
 
 def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
-    """Refuse requests that other models may answer, or that may cause paid work of the provider.
+    """Refuse a request that another model may answer, or that may cause work billed in addition to tokens.
 
     Raises:
         UnmeteredCall: the guard does not allow unmetered calls.
@@ -221,7 +225,7 @@ def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:
-    """Bytes of a serialised request, after the normalisation by tokenizers.
+    """Return the bytes of a serialised request, as tokenizers read them: after Unicode normalisation.
 
     Claude's tokenizer expands some characters (NFKC: ``\ufdfa`` becomes 18), see
     github.com/anthropics/anthropic-tokenizer-typescript.

@@ -1,4 +1,4 @@
-"""The interface of a provider's dialect: which requests are metered, their upper bounds, and how usage is reported."""
+"""The interface of a dialect: which requests to a provider are metered, their bounds, and how usage is reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ktrdr_budget.metering.guards.usage_parser import UsageParser
 __all__ = ["Dialect", "Route"]
 
 Route = Literal["free", "refused"] | str
-"""``free``, ``refused``, or the name of a metered endpoint."""
+"""``free`` (costs nothing, is sent), ``refused`` (may cost money, has no meter), or the name of a metered endpoint."""
 
 
 class Dialect(Protocol):
@@ -36,5 +36,5 @@ class Dialect(Protocol):
         ...
 
     def usage_parser(self, route: Route, bound: Bound) -> UsageParser:
-        """A parser for the response."""
+        """Return a parser for the usage in the response."""
         ...

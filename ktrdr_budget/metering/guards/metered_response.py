@@ -1,4 +1,4 @@
-"""The response of one attempt: parsed as it arrives, accrued as usage is reported, settled once."""
+"""The response of one attempt. The response is parsed as it arrives, its usage is accrued, and its call is settled."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ktrdr_budget.metering.metered_call import MeteredCall
 __all__ = ["MeteredResponse", "ProviderStreamError"]
 
 USAGE_TIMEOUT_S = 1.0
-"""How long a stream that is closed at its last output is read on for the usage that follows."""
+"""How long a stream is read on for its usage report, if the caller closes it after the last output."""
 
 
 class ProviderStreamError(Exception):
-    """An error that the provider reported within a stream, by its type only."""
+    """An error that the provider reported within a stream. Only the type of the error is kept."""
 
     def __init__(self, error_type: str) -> None:
         super().__init__(error_type)
@@ -33,7 +33,7 @@ class MeteredResponse:
         """``None`` once the response is settled."""
         self.parser = parser
         self.tap: Any = None
-        """The tap of the connection, if it can be tapped."""
+        """The network tap of the connection; ``None`` if the connection cannot be tapped."""
 
     def feed(self, data: bytes) -> bytes:
         """Parse data, and accrue the usage that it reports; return the data to pass on to the caller."""
@@ -47,11 +47,11 @@ class MeteredResponse:
         return passed_on
 
     def settle(self, error: BaseException | None, all_parsed: bool) -> DualFlow[None]:
-        """Commit the final usage, or an estimate, unless the response is settled.
+        """Commit the final usage, or an estimate. If the response is settled already, this has no effect.
 
         Args:
-            error: the error that ended the response.
-            all_parsed: all data that had arrived was parsed.
+            error: the error that ended the response; ``None`` without one.
+            all_parsed: whether all data that had arrived was parsed.
         """
         call = self.take_call(all_parsed)
         if call is not None:
@@ -59,7 +59,10 @@ class MeteredResponse:
             yield from call.leave_flow(ProviderStreamError(error_type) if error_type and error is None else error)
 
     def take_call(self, all_parsed: bool) -> MeteredCall | None:
-        """Report the final usage, or an estimate, to the call, and return the call; ``None`` if it is settled."""
+        """Report the final usage, or an estimate, to the metered call; return that call.
+
+        If the response is settled already, return ``None``.
+        """
         call, self.call = self.call, None
         if call is not None:
             usage = self.parser.usage
@@ -82,17 +85,17 @@ class MeteredResponse:
         return self.tap is None or not self.tap.data_lost
 
     def is_deferred(self, error: BaseException) -> bool:
-        """Whether an error was deferred by the tap because data arrived together with it."""
+        """Whether the tap deferred this error, because data arrived together with the error."""
         return self.tap is not None and self.tap.deferred_error is error
 
     @property
     def awaits_usage(self) -> bool:
-        """Whether the model has finished, and its usage is expected next."""
+        """Whether the model has finished, and the usage report is expected next."""
         return self.call is not None and self.parser.awaits_usage
 
     @contextmanager
     def draining(self) -> Iterator[Drain]:
-        """Read, within the limits of a drain, data that has arrived."""
+        """Within the block, reads return data that has arrived, within the limits of the yielded drain."""
         drain = Drain(USAGE_TIMEOUT_S, USAGE_TIMEOUT_S) if self.awaits_usage else Drain()
         if self.tap is not None:
             self.tap.expects_data, self.tap.drain = self.awaits_usage, drain
@@ -103,11 +106,11 @@ class MeteredResponse:
                 self.tap.drain = None
 
     def needs_more(self, drain: Drain) -> bool:
-        """Whether to continue a drain."""
+        """Whether to continue a drain: no final usage was reported, and no limit of the drain is reached."""
         parser = self.parser
         return self.call is not None and not parser.final and not parser.ended and not drain.exhausted
 
     def detach(self) -> None:
-        """Remove the tap."""
+        """Remove the tap from the connection."""
         if self.tap is not None:
             self.tap.detach()

@@ -1,6 +1,7 @@
-"""Bodies of streamed responses: settled at the last event, at the end, or when the caller leaves early.
+"""Bodies of streamed responses. A call is settled at the last event, at the end, or when the caller stops reading.
 
-A stream that is left early is drained first: data that has arrived is parsed, within limits.
+If the caller stops reading early, the stream is drained before the settlement: data that has already arrived is parsed,
+within limits.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from ktrdr_budget.metering.metered_call import MeteredCall
 __all__ = ["DRAIN_TASK", "AsyncMeteredStream", "SyncMeteredStream", "stream_class"]
 
 CANCELLED_WAIT_S = 0.08
-"""How long a cancelled caller waits for the settlement of its stream, which then continues in the background."""
+"""How long a cancelled caller waits for the settlement of its stream. After that, the settlement continues in the
+background."""
 DRAIN_TASK = "ktrdr-budget drain"
 """The name of background tasks that drain and settle a stream."""
 
 
 @lru_cache
 def stream_class(stream: type[Any], base: type[Any]) -> type[Any]:
-    """Combine a stream class with the base class of the HTTP library, which its responses require."""
+    """Combine a stream class with the base class that the responses of the HTTP library require."""
     return type(stream.__name__, (stream, base), {})
 
 
@@ -80,7 +82,7 @@ class AsyncMeteredStream:
         await self._wait_for_drain(self._drain, error)
 
     async def _wait_for_drain(self, drain: asyncio.Task[None], error: BaseException | None) -> None:
-        """Wait for the drain; if this task is cancelled, wait briefly, and let the drain continue by itself."""
+        """Wait until the drain ends. If this task is cancelled, wait only briefly; the drain then continues."""
         task = asyncio.current_task()
         cancelled = error is not None or (task is not None and task.cancelling())
         try:
@@ -98,7 +100,7 @@ class AsyncMeteredStream:
         with response.draining() as drain:
             try:
                 while response.needs_more(drain):
-                    # Without a tap silence is measured here; a tap uses a shorter timeout of its own.
+                    # Without a tap, the time without data is measured here; a tap has a shorter timeout of its own.
                     async with asyncio.timeout(drain.left_s() if response.tap else drain.wait_s(None)):
                         response.feed(await anext(self._chunks))
             except StopAsyncIteration:
@@ -168,7 +170,7 @@ class SyncMeteredStream:
             self._inner.close()
 
     def _drain(self) -> bool:
-        """Parse data that has arrived; return whether that was all."""
+        """Parse the data that has arrived; return whether all of it was parsed."""
         response = self._response
         all_output_arrived = response.awaits_usage
         with response.draining() as drain:

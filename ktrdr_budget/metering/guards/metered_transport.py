@@ -1,4 +1,4 @@
-"""Transports between an SDK and its HTTP client: every request of every SDK method passes here."""
+"""Transports between an SDK and its HTTP client: every request of an SDK passes through one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VERBS = ("request", "get", "post", "put", "patch", "delete", "options", "head",
 
 
 class MeteredTransport:
-    """Wraps an HTTP client, and replaces it in the SDK; it also passes ``isinstance`` checks for that client."""
+    """A wrapper that replaces an HTTP client in an SDK. The wrapper passes ``isinstance`` checks for that client."""
 
     _tap_class: type[NetworkTap]
     _stream_class: type[AsyncMeteredStream] | type[SyncMeteredStream]
@@ -54,7 +54,7 @@ class MeteredTransport:
         return getattr(self.inner, name)
 
     def _call_flow(self, request: Callable[[], Any]) -> DualFlow[Any]:
-        """One call of an SDK method, with all its attempts."""
+        """Run one call of an SDK method, with all attempts of the call."""
         sdk_call = SDKCall(self._dialect, self._options)
         token = current_sdk_call.set(sdk_call)
         failure: BaseException | None = None
@@ -71,14 +71,14 @@ class MeteredTransport:
             yield from sdk_call.end(failure)
 
     def _attempt_flow(self, sdk_call: SDKCall, request: Any, stream: bool, options: dict[str, Any]) -> DualFlow[Any]:
-        """One attempt: reserve, send, and meter the response."""
+        """Run one attempt: reserve, send the request, and meter the response."""
         request, bound = sdk_call.prepare(request, stream=stream)
         send = partial(self.inner.send, request, stream=stream, **options)
         if bound is None:
             return (yield send)
         try:
             call = yield from sdk_call.reserve(bound)
-        except Exception as error:  # the SDK would retry it
+        except Exception as error:  # the SDK would retry after this error
             raise CallAborted(error) from None
         try:
             response = yield send
@@ -128,9 +128,9 @@ class AsyncMeteredTransport(MeteredTransport):
         return await drive(self._call_flow(partial(request, *arguments, **named)))
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """Make one attempt; replaces the method of the HTTP client."""
+        """Make one attempt. This method replaces ``send`` of the HTTP client."""
         sdk_call = current_sdk_call.get()
-        if sdk_call is None:  # sent without the SDK's method
+        if sdk_call is None:  # the request was not sent by the SDK's `request`
             return await self.call(self.send, request, stream=stream, **options)
         return await drive(self._attempt_flow(sdk_call, request, stream, options))
 
@@ -147,7 +147,7 @@ class SyncMeteredTransport(MeteredTransport):
         return drive_sync(self._call_flow(partial(request, *arguments, **named)))
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """Make one attempt; replaces the method of the HTTP client."""
+        """Make one attempt. This method replaces ``send`` of the HTTP client."""
         sdk_call = current_sdk_call.get()
         if sdk_call is None:
             return self.call(self.send, request, stream=stream, **options)

@@ -15,23 +15,23 @@ from typing import Any
 __all__ = ["DRAIN_BYTES_MAX", "DRAIN_IDLE_S", "DRAIN_S", "AsyncNetworkTap", "Drain", "NetworkTap", "SyncNetworkTap"]
 
 DRAIN_S = 0.06
-"""Time limit for reading data that has arrived."""
+"""Time limit of a drain. To drain is to read the data that has already arrived."""
 DRAIN_IDLE_S = 0.03
-"""After this long without data nothing more was in transit: longer than the way to a provider's nearest server."""
+"""If no data arrives for this long, nothing more was in transit: data from a provider's nearest server takes less."""
 DRAIN_BYTES_MAX = 1024 * 1024
 _SMALL_BYTES = 16 * 1024
-"""This much leaves room in the smallest receive buffer (128 KiB, including the kernel's overhead per packet), so the
-sender was not blocked, and older data cannot follow."""
+"""This many bytes do not fill the smallest receive buffer (128 KiB, including the kernel's overhead per packet). So the
+sender was not blocked, and no older data can follow."""
 _FRAME_BYTES = 16
 """Upper bound of the bytes that HTTP adds to a chunk."""
 
 
 class Drain:
-    """Limits of reading data that has arrived.
+    """The limits of one drain.
 
     Args:
-        total_s: time limit.
-        idle_s: time without data after which reading ends.
+        total_s: the time limit, in seconds.
+        idle_s: the seconds without data after which the drain ends.
     """
 
     def __init__(self, total_s: float = DRAIN_S, idle_s: float = DRAIN_IDLE_S) -> None:
@@ -39,7 +39,7 @@ class Drain:
         self._idle_s = idle_s
         self._read_bytes = 0
         self.caught_up = False
-        """All data that had arrived was read."""
+        """Whether all data that had arrived was read."""
 
     @property
     def exhausted(self) -> bool:
@@ -47,10 +47,11 @@ class Drain:
         return self._read_bytes > DRAIN_BYTES_MAX or time.monotonic() >= self._deadline_s
 
     def wait_s(self, peek_s: float | None) -> float:
-        """How long to wait for the network now.
+        """Return the seconds that the next read may wait for data.
 
         Args:
-            peek_s: the time to wait if no data is readable and none is expected; ``None`` if some is.
+            peek_s: the seconds to wait if no data is readable and none is expected; ``None`` if data is readable or
+                expected.
         """
         return self._idle_s if peek_s is None or self._read_bytes > _SMALL_BYTES else peek_s
 
@@ -71,7 +72,7 @@ class NetworkTap:
     """
 
     _peek_s: float
-    """The timeout of a read that takes available data only."""
+    """The timeout, in seconds, of a read that takes only data that is available."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -80,20 +81,23 @@ class NetworkTap:
         self._unparsed_bytes: int | None = None
         """Bytes of the latest read that are not parsed yet, including HTTP frames; ``None`` if unknown."""
         self.drain: Drain | None = None
-        """Set while the guard reads on data that has arrived."""
+        """The limits of the drain in progress; ``None`` if there is none."""
         self.expects_data = False
-        """Data is known to follow, so the drain waits for it."""
+        """Whether more data is known to follow, so that the drain waits for that data."""
         self.is_reading = False
-        """A read is in progress."""
+        """Whether a read is in progress."""
         self.data_lost = False
-        """A read failed although data had arrived."""
+        """Whether a read failed although data had arrived."""
         self.deferred_error: BaseException | None = None
         """An error to raise once the data that arrived together with it is parsed."""
         stream.read = self._tapped_read
 
     @classmethod
     def attach(cls, response: Any) -> Any:
-        """Tap the connection of a response; ``None`` if that is impossible, or it carries other responses too."""
+        """Tap the connection of a response; return the tap.
+
+        Return ``None`` if the connection cannot be tapped, or if it carries other responses too (HTTP/2).
+        """
         extensions = response.extensions
         stream = extensions.get("network_stream")
         if extensions.get("http_version") not in (b"HTTP/1.1", b"HTTP/1.0") or not hasattr(stream, "__dict__"):
@@ -229,6 +233,6 @@ class SyncNetworkTap(NetworkTap):
 
 
 def _shielded() -> AbstractContextManager[Any]:
-    """Keep anyio's cancellations, which are raised repeatedly, out of a block."""
+    """Shield a block from anyio's cancellations, which anyio raises repeatedly."""
     anyio = sys.modules.get("anyio")
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)

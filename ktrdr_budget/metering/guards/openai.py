@@ -60,9 +60,10 @@ CACHE_WRITE_FIELDS: tuple[tuple[str, ...], ...] = (
 )
 """Fields in which providers report cache writes."""
 SEPARATE_CACHE_FIELDS = ("cache_read_input_tokens", "cache_creation_input_tokens")
-"""Anthropic's fields. Anthropic itself and some gateways do not include them in the input; other gateways do."""
+"""Anthropic's fields. Anthropic itself and some gateways do not include these tokens in the count of the input; other
+gateways do."""
 _OWN = ("openai", "azure")
-"""Providers that support ``max_completion_tokens``, and have a default limit of legacy completions."""
+"""Providers that support ``max_completion_tokens``, and that limit legacy completions by default."""
 _CLIENT_TOOLS = (None, "function", "custom", "local_shell", "apply_patch")
 _TEXT = ("text", "refusal", "input_text", "output_text", "reasoning_text", "summary_text")
 _SHOWS_ALL = re.compile(r"^(ft:)?(gpt-3\.5|gpt-4|chatgpt-4o|text-|davinci|babbage)")
@@ -73,7 +74,7 @@ class OpenAIDialect:
     """See :class:`~.dialect.Dialect`."""
 
     def route(self, method: str, path: str) -> Route:
-        """See :meth:`Dialect.route`. Unmetered endpoints that may spend (images, audio, batches, …) are refused."""
+        """See :meth:`Dialect.route`. Unmetered endpoints that may cost money (images, batches, …) are refused."""
         if method != "POST":
             return "free"
         metered = _METERED.search(path)
@@ -181,9 +182,9 @@ def _bound_completion(input_bound: InputBound, body: dict[str, Any], model: str,
 
 
 def _with_usage_report(body: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a :class:`Bound` by which a stream reports its usage.
+    """Return the fields of a :class:`Bound` that make a stream report its usage.
 
-    ``include_usage: False`` means that the server does not support ``stream_options``; the field is then not sent.
+    A caller sets ``include_usage: False`` if the server does not support this option; the option is then not sent.
     """
     if not body.get("stream"):
         return {"changes": changes}
@@ -213,7 +214,7 @@ def _bound_tool(input_bound: InputBound, tool: dict[str, Any]) -> None:
 
 
 def _bound_parts(input_bound: InputBound, parts: Any) -> None:
-    """The parts of a message's content."""
+    """Add the parts of a message's content to the bound."""
     for part in parts if isinstance(parts, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
@@ -236,7 +237,7 @@ def _bound_image(input_bound: InputBound, url: Any) -> None:
 
 
 def _bound_item(input_bound: InputBound, item: Any) -> None:
-    """One item of a response's input."""
+    """Add one item of the input of the Responses API to the bound."""
     if not isinstance(item, dict):
         return
     kind = item.get("type", "message")
@@ -267,7 +268,7 @@ def _requested_tier(body: dict[str, Any]) -> str | None:
 
 
 def hides_output(model: str) -> bool:
-    """Whether a model may reason, which is billed but not shown."""
+    """Whether a model may reason. Reasoning is billed, but the answer does not show it."""
     # Some models reason although the request disables it: community.openai.com/t/1378362
     return not _SHOWS_ALL.search(model)
 
@@ -281,7 +282,7 @@ def _count_at(counts: dict[str, Any], *path: str) -> int:
 
 
 class _OpenAIUsageParser(UsageParser):
-    """Common part of the formats, which differ in the names of the two counts."""
+    """Base class of the formats. The formats differ in the names of the input count and the output count."""
 
     _input = "prompt_tokens"
     _output = "completion_tokens"
@@ -327,7 +328,8 @@ class _ChatUsageParser(_OpenAIUsageParser):
         self._finished: set[object] = set()
         """Indices of the finished answers."""
         self._ends_with_usage = False
-        """The latest event is a separate usage report: final at the end, even without a ``finish_reason``."""
+        """Whether the latest event is a separate usage report. At the end of the stream, such a report is final, even
+        without a ``finish_reason``."""
 
     def parse_event(self, event: dict[str, Any]) -> None:
         self._tier = event.get("service_tier") or self._tier

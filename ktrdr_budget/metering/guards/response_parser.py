@@ -32,8 +32,8 @@ class ResponseParser:
     """Feeds a :class:`UsageParser` from the bytes of one response.
 
     Args:
-        events: the response is a stream of server-sent events; otherwise it is one JSON document.
-        unseen_output_tokens: allowance for output that was produced but had not arrived when a stream broke off.
+        events: whether the response is a stream of server-sent events; if not, it is one JSON document.
+        unseen_output_tokens: tokens estimated for output that was produced but not received when a stream broke off.
     """
 
     def __init__(self, usage_parser: UsageParser, *, events: bool, unseen_output_tokens: int) -> None:
@@ -44,7 +44,7 @@ class ResponseParser:
         self._seen: list[bytes] = []
         """Chunks of one or more whole events, parsed again only if an estimate is needed."""
         self.unreadable = False
-        """The response has an encoding that this parser cannot read."""
+        """Whether the response has an encoding that this parser cannot read."""
         self.reports = 0
         """Number of events and documents that may have reported usage."""
 
@@ -65,7 +65,7 @@ class ResponseParser:
 
     @property
     def awaits_usage(self) -> bool:
-        """Whether the model has finished, and its usage is expected next."""
+        """Whether the model has finished, and the usage report is expected next."""
         parser = self._parser
         return parser.model_finished and not parser.ended and not self.final and parser.bound.reports_usage
 
@@ -93,7 +93,7 @@ class ResponseParser:
         return passed_on
 
     def end(self) -> bytes:
-        """Parse the rest after the last data; return the data still to pass on to the caller."""
+        """Parse the buffered rest of the response; return the data that must still be passed on to the caller."""
         rest, self._buffer = self._buffer, b""
         if self._events and not self.unreadable:
             self._feed_event(rest)
@@ -103,10 +103,12 @@ class ResponseParser:
         return rest if self._events and not self.unreadable and self._parser.bound.hide_usage else b""
 
     def estimate(self, all_parsed: bool = True) -> Usage:
-        """An upper bound of the usage of a response that broke off; without input if none was reported.
+        """Return an upper bound of the usage of a response that broke off.
+
+        The input is the reported input, or 0 if none was reported.
 
         Args:
-            all_parsed: all data that had arrived was parsed; otherwise the output may be as long as its bound.
+            all_parsed: whether all data that had arrived was parsed. If not, the output is estimated at its bound.
         """
         bound, known = self._parser.bound, self._parser.usage or Usage()
         output_max = bound.output_tokens_max
@@ -139,7 +141,7 @@ class ResponseParser:
         self._parser.skip(data)
 
     def _feed_event(self, event: bytes) -> dict[str, Any] | None:
-        """Parse one event; return its object if it may be a report."""
+        """Parse one event; return the decoded event if it may be a report."""
         if not _REPORT.search(event):
             self._skip(event)
             return None

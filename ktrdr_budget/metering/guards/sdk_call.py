@@ -26,7 +26,7 @@ from ktrdr_budget.metering.metered_call import MeteredCall
 __all__ = ["CallAborted", "SDKCall", "current_sdk_call", "error_outcome", "status_outcome"]
 
 AttemptOutcome = Literal["answered", "rejected", "unknown"]
-"""``rejected``: nothing is billed; ``unknown``: the provider may have worked."""
+"""``answered``: the usage is billed; ``rejected``: nothing is billed; ``unknown``: the provider may have worked."""
 
 _NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 
@@ -45,7 +45,7 @@ class CallAborted(BaseException):
 
 
 def status_outcome(status: int, provider: str) -> AttemptOutcome:
-    """The outcome of an attempt with an HTTP response."""
+    """The outcome of an attempt that received an HTTP response."""
     if 200 <= status < 300:
         return "answered"
     # Azure bills requests that its content filter stops:
@@ -54,26 +54,26 @@ def status_outcome(status: int, provider: str) -> AttemptOutcome:
 
 
 def error_outcome(error: BaseException) -> AttemptOutcome:
-    """The outcome of an attempt without an HTTP response."""
+    """The outcome of an attempt that failed without an HTTP response."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return "rejected" if names & _NEVER_SENT else "unknown"
 
 
 class SDKCall:
-    """State of one call across its attempts, without I/O: the transports do that."""
+    """The state of one call across its attempts. This class does no I/O; the transports do it."""
 
     def __init__(self, dialect: Dialect, options: GuardOptions) -> None:
         self.dialect = dialect
         self.options = options
         self.call: MeteredCall | None = None
-        """The open reservation, for the next attempt or the end."""
+        """The metered call with the open reservation. The next attempt uses it, or :meth:`end` settles it."""
         self.may_be_billed = False
-        """The provider may have worked for an attempt without a response."""
+        """Whether the provider may have worked for an attempt that was not answered."""
         self._bound: Bound | None = None
         self._route = ""
 
     def prepare(self, request: Any, *, stream: bool) -> tuple[Any, Bound | None]:
-        """Return the request to send, and its bound; ``None`` if the request is free or passes unmetered.
+        """Return the request to send, and its bound. The bound is ``None`` if the request is free or is sent unmetered.
 
         Raises:
             CallAborted: the request must not be sent.
@@ -106,7 +106,7 @@ class SDKCall:
             raise CallAborted(UnmeteredCall(f"a request to {path} has an unknown format")) from None
 
     def reserve(self, bound: Bound) -> DualFlow[MeteredCall]:
-        """Return the open reservation if it covers the attempt; otherwise reserve.
+        """Return the call with the open reservation if that covers the attempt. Otherwise reserve for a new call.
 
         Raises:
             BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`MeteredCall`.
@@ -134,7 +134,7 @@ class SDKCall:
         """Settle an unanswered call: release the reservation, or keep it if the provider may have worked.
 
         Args:
-            error: the error that the caller receives.
+            error: the error that the caller receives; ``None`` without one.
         """
         call, self.call = self.call, None
         if call is not None:

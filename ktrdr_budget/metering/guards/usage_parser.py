@@ -19,13 +19,13 @@ class UsageParser:
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
         self.usage: Usage | None = None
-        """The usage reported so far; ``None`` unless it is credible."""
+        """The usage reported so far; ``None`` if none was reported, or if the reported usage is not credible."""
         self.final = False
-        """The usage was reported after the model had finished."""
+        """Whether the usage was reported after the model had finished."""
         self.model_finished = False
-        """The model has finished; its usage may still follow."""
+        """Whether the model has finished. The usage may still follow."""
         self.ended = False
-        """The provider has ended the response: no further usage will follow."""
+        """Whether the provider has ended the response, so that no further usage will follow."""
         self.error_type = ""
         """The provider's name of an error reported within a stream; empty without an error."""
         self._counts: dict[str, Any] = {}
@@ -39,7 +39,7 @@ class UsageParser:
         raise NotImplementedError
 
     def skip(self, data: bytes) -> None:
-        """Note raw events that contain output only."""
+        """Note raw events that contain output only. The base class ignores such events."""
 
     def end(self) -> None:
         """Note the end of the response."""

@@ -1,7 +1,7 @@
 """Prometheus metrics of the agent's research cycles.
 
-Counters and histograms belong to the replica; panels sum them. The gauges ``agent_budget_*_dollars`` belong to the
-store and are read at scrape time by :mod:`~ktrdr_budget.telemetry.metrics`.
+Counters and histograms count in one replica; panels sum them over the replicas. The gauges ``agent_budget_*_dollars``
+describe the store and are read at scrape time by :mod:`~ktrdr_budget.telemetry.metrics`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PHASE_BUCKETS_S = (10, 30, 60, 120, 300, 600)
 
 
 class AgentMetrics:
-    """Metrics of an agent. Pass :meth:`observe` to its limiter as an ``observer``; the agent reports its cycles.
+    """Metrics of an agent. Pass :meth:`observe` to its limiter as an ``observer``. The agent calls the other methods.
 
     Args:
         registry: the registry of :class:`~ktrdr_budget.telemetry.metrics.LimiterMetrics`, whose :meth:`render` includes
@@ -64,7 +64,7 @@ class AgentMetrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Export every counter at 0: a rate misses the event with which a counter first appears."""
+        """Export every counter at 0, because a rate misses the event with which a counter first appears."""
         for outcome in OUTCOMES:
             self._cycles.labels(outcome)
         for phase in PHASES:
@@ -93,7 +93,7 @@ class AgentMetrics:
         self._tokens.labels(_known(phase, MODEL_PHASES)).inc(count)
 
     def observe(self, observation: Observation) -> None:
-        """Count the spend of a finished call; an ``observer`` of the limiter."""
+        """Count the spend of a finished call. Use this method as an ``observer`` of the limiter."""
         settlement = observation.result
         if isinstance(settlement, Settlement) and not settlement.replayed:
             self._spend.inc(float(settlement.amounts.get(AGENT, 0)))

@@ -1,4 +1,7 @@
-"""Periodic audit of the current windows in the live store, as a metric (P11)."""
+"""Periodic audit of the current windows in the live store. Its result is a metric.
+
+A window adds up if its counters equal the sums of its ledger and its open holds (P11 in docs/design.md).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ logger = logging.getLogger("ktrdr_budget")
 
 INTERVAL_S = 60.0
 PAUSE_FACTOR = 20
-"""A check uses at most 1/20 of the time: long ledgers are checked less often."""
+"""The pause after a check is at least this multiple of the check's duration. So long ledgers are checked less often."""
 
 
 class Audit(Collector):
-    """Gauge ``ktrdr_budget_adds_up{budget}``: 1 if the window adds up, 0 if not, absent until checked."""
+    """Gauge ``ktrdr_budget_adds_up{budget}``: 1 if the window adds up, 0 if not, absent until the window is checked."""
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
@@ -48,7 +51,7 @@ class Audit(Collector):
         yield family
 
     async def run(self, limiter: AsyncBudgetLimiter) -> None:
-        """Check periodically until cancelled."""
+        """Check periodically, until the task is cancelled."""
         self._closed = False
         try:
             await self._run(limiter)
@@ -61,7 +64,7 @@ class Audit(Collector):
             try:
                 await self.check(limiter)
             except StoreUnavailable:
-                self._adds_up = {}  # an unknown result is not a good one
+                self._adds_up = {}  # while the result is unknown, the metric is absent
             except Exception:
                 logger.exception("audit of the current windows failed")
                 self._adds_up = {}
@@ -89,7 +92,7 @@ class Audit(Collector):
         self._adds_up = found
 
     def close(self) -> None:
-        """Disconnect; a check in progress disconnects when it ends."""
+        """Disconnect from the store. If a check is in progress, the check disconnects when it ends."""
         self._closed = True
         if self._checking.acquire(blocking=False):
             self._disconnect()
@@ -98,7 +101,7 @@ class Audit(Collector):
     def _reports(
         self, limiter: AsyncBudgetLimiter, address: str, windows: Collection[tuple[str, str]]
     ) -> Sequence[WindowReport]:
-        """Run the check; called in a thread."""
+        """Run one check. It blocks, so :meth:`check` calls it in a thread."""
         with self._checking:
             try:
                 audited = address, limiter.tenant

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["CALLER_LOGS", "BudgetLog"]
 
 CALLER_LOGS: contextvars.ContextVar[str] = contextvars.ContextVar("caller_logs", default="")
-"""Budget whose denials the caller logs itself."""
+"""The budget whose denials the caller logs itself, so that :class:`BudgetLog` does not; empty if there is none."""
 
 
 class BudgetLog:
-    """Pass :meth:`observe` to a limiter as an ``observer``, then pass the limiter to :meth:`watch`.
+    """Logs a limiter's spend on the agent's budget, and the first denial of each budget in a window.
 
-    Spend is logged with a status of the window, read just after it; one status serves all spend of a batch. The reads
-    are part of no trace.
+    Pass :meth:`observe` to the limiter as an ``observer``, then pass the limiter to :meth:`watch`.
+
+    Spend is logged with the status of the window, which is read just after the spend. One read serves all spend that
+    waits for a log line. The reads are part of no trace.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,8 @@ class BudgetLog:
         self._spent: list[tuple[Amount, str]] = []
         self._writing: asyncio.Task[None] | None = None
         self._silent_until_ms: dict[str, int | None] = {}
-        """End of the current window per budget that has denied."""
+        """For each budget whose denial was logged: the end of the window; ``None`` if it never ends. Until then, no
+        further denial is logged."""
 
     def watch(self, limiter: AsyncBudgetLimiter) -> None:
         """Use this limiter to read statuses."""

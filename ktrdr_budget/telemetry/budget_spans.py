@@ -22,13 +22,14 @@ _ADMITTING = ("reserve", "grow")
 
 
 def trace_call(observation: Observation) -> None:
-    """Write the span of a finished call; an ``observer`` of the limiter.
+    """Write the span of a finished call. Use this function as an ``observer`` of the limiter.
 
-    It is a child of the caller's current span. Without a recorded span, as in a scrape or a probe, none is written.
+    The span is a child of the caller's current span. If the caller has no recorded span, as in a scrape or a probe, no
+    span is written.
     """
     from opentelemetry import context, trace
 
-    # A copy, since a context cannot be entered twice, and this may run in the caller's.
+    # A copy, because a context cannot be entered twice, and this function may run in the caller's context.
     caller = observation.context.copy().run(context.get_current)
     parent = trace.get_current_span(caller).get_span_context()
     if not (parent.is_valid and parent.trace_flags.sampled):

@@ -1,11 +1,11 @@
 """Prometheus metrics of a limiter.
 
-*Figures* (limit, spent, held, …) belong to the store: they are read at scrape time, and are absent while unknown, since
-an unknown budget is not a full one. *Counters* and *histograms* belong to the replica: an observer of the limiter
+*Figures* (limit, spent, held, …) describe the store. They are read at scrape time. While a figure is unknown, it is
+absent, because the value 0 would be wrong. *Counters* and *histograms* count in one replica: an observer of the limiter
 updates them.
 
-Nothing is registered globally. A replica with several processes on one port counts in the files of
-``PROMETHEUS_MULTIPROC_DIR``, if that is set before the first import of ``prometheus_client``.
+No metric is registered globally. If a replica has several processes on one port, set ``PROMETHEUS_MULTIPROC_DIR``
+before the first import of ``prometheus_client``: the processes then count in files of that directory.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ FIGURES = {
 
 
 class LimiterMetrics:
-    """Metrics of a limiter. Pass :meth:`observe` to it as its ``observer``, then pass it to :meth:`watch`.
+    """Metrics of a limiter.
+
+    Pass :meth:`observe` to the limiter as an ``observer``, then pass the limiter to :meth:`watch`.
 
     Args:
-        registry: registry of counters and histograms, included in :meth:`render`; by default a new one.
+        registry: the registry of counters and histograms, which :meth:`render` includes; by default a new registry.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -125,15 +127,18 @@ class LimiterMetrics:
             self._overruns.labels(budget.name)
 
     def add(self, collector: Collector) -> None:
-        """Add a collector of the store's figures to :meth:`render`; they are absent while the store does not reply."""
+        """Add a collector of figures of the store to :meth:`render`.
+
+        While the store does not reply, the figures are absent.
+        """
         self._collectors.append(collector)
 
     # -- counters of this replica --------------------------------------------------------------------------------------
 
     def observe(self, observation: Observation) -> None:
-        """Count a finished call; the limiter's ``observer``."""
+        """Count a finished call. Use this method as an ``observer`` of the limiter."""
         result, operation = observation.result, observation.operation
-        if operation != "resolve":  # which is not a call
+        if operation != "resolve":  # a resolved doubt about a lost reply is not a call
             seconds = self._by_operation.get(operation)
             if seconds is None:
                 seconds = self._by_operation[operation] = self._seconds.labels(operation)
@@ -163,7 +168,7 @@ class LimiterMetrics:
             self._losses_seen = self.limiter.losses
 
     def _count_resolved(self) -> None:
-        """Update the counters of events outside of calls, at scrape time."""
+        """Update, at scrape time, the counters of events that happen outside of calls."""
         limiter = self.limiter
         assert limiter is not None
         done = limiter.repaired

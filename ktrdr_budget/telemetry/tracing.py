@@ -1,6 +1,6 @@
 """OpenTelemetry tracing of the service: configuration, instrumentation and export.
 
-Configured by the standard environment variables, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an endpoint,
+The standard environment variables configure it, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an endpoint,
 nothing is installed or exported.
 """
 
@@ -74,13 +74,14 @@ _configured: _Tracing | None = None
 
 
 def configure_tracing(service_name: str = SERVICE_NAME) -> bool:
-    """Enable tracing if the environment names an endpoint; return whether it is enabled. Repeated calls have no effect.
+    """Enable tracing if the environment names an endpoint; return whether tracing is enabled.
 
-    Redis clients created afterwards are traced. An error is logged in one line, and the process continues without
-    tracing. A tracer provider that the process already has is kept; only :func:`operation_processor` is added to it.
+    Repeated calls have no effect. Redis clients that are created later are traced. If an error occurs, it is logged in
+    one line, and the process continues without tracing. If the process already has a tracer provider, that provider is
+    kept: :func:`operation_processor` is added to it, and the result is false.
 
     Args:
-        service_name: overridden by ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES``.
+        service_name: the service, unless ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES`` names another.
     """
     global _configured
     if _configured is not None:
@@ -120,7 +121,7 @@ def instrument(app: FastAPI) -> None:
 
 
 def flush_tracing(timeout_s: float = FLUSH_S) -> bool:
-    """Export the recorded spans, blocking for at most ``timeout_s``; return whether that succeeded."""
+    """Export the recorded spans, blocking for at most ``timeout_s``; return whether the export succeeded."""
     return _configured is None or _configured.flush(timeout_s)
 
 
@@ -128,7 +129,7 @@ def flush_tracing(timeout_s: float = FLUSH_S) -> bool:
 
 
 def _setting(name: str) -> str:
-    """Return a setting of the exporter; the one for traces overrides the general one."""
+    """Return a setting of the exporter. The variable for traces overrides the general variable."""
     return (
         os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
     ).strip()
@@ -190,7 +191,7 @@ class _Tracing:
         processors.add_span_processor(BatchSpanProcessor(self._exporter))
         resource = _resource(service_name)
         self.provider = TracerProvider(resource=resource, shutdown_on_exit=False, active_span_processor=processors)
-        # A Redis command starts no trace of its own: those of probes, scrapes and background work have no parent.
+        # A Redis command starts no trace of its own. So commands of probes, scrapes and background work have no span.
         children_only = TracerProvider(
             sampler=ParentBased(ALWAYS_OFF),
             resource=resource,
@@ -215,7 +216,10 @@ class _Tracing:
 
 
 class _Jobs:
-    """A thread for jobs with a timeout, started early since none can start during interpreter shutdown."""
+    """A thread that runs jobs with a timeout.
+
+    The thread starts early, because no thread can start during interpreter shutdown.
+    """
 
     def __init__(self) -> None:
         self._start()
@@ -300,12 +304,15 @@ def _masked(span: ReadableSpan) -> ReadableSpan:
 
 
 def _is_missing_script(span: ReadableSpan) -> bool:
-    """Whether the span is an EVALSHA of a script that the store has yet to load, which is no error."""
+    """Whether the span is an EVALSHA of a script that the store has not loaded yet. Such a span is no error."""
     return any(str((event.attributes or {}).get("exception.type")).endswith("NoScriptError") for event in span.events)
 
 
 def operation_processor() -> SpanProcessor:
-    """Return a span processor for another tracer provider, which sets the operation's attributes on its spans."""
+    """Return a span processor that sets the attributes of the operation on each span that starts.
+
+    Add the processor to a tracer provider of your own; :func:`configure_tracing` does so by itself.
+    """
     from opentelemetry.sdk.trace import SpanProcessor
 
     class OperationProcessor(SpanProcessor):
@@ -317,7 +324,7 @@ def operation_processor() -> SpanProcessor:
 
 
 def _add_operation_processor() -> bool:
-    """Set operations on the spans of the process's own tracer provider; return whether it has one."""
+    """Return whether the process has a tracer provider of its own; if so, add :func:`operation_processor` to it."""
     from opentelemetry import trace
 
     provider: Any = trace.get_tracer_provider()
@@ -327,7 +334,10 @@ def _add_operation_processor() -> bool:
 
 
 class _Quiet(logging.Filter):
-    """Logs at most one error per minute, with secrets masked: an unreachable collector fails every export."""
+    """A filter that passes at most one error per minute, and masks secrets in it.
+
+    Without the filter, every export to an unreachable collector would log an error.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,13 +1,16 @@
-"""Checks on a live store that every window adds up (P11), and repairs the windows that do not.
+"""Checks on a live store that every window adds up, and repairs the windows that do not.
 
-``spent + unconfirmed`` must equal the sum of a window's ledger, ``held`` the sum of its open holds. Concurrent writers
-cause no false alarm: the counters, the end of the ledger and the ids of all open holds are read in one step. Ledger
-entries never change, and a hold's record keeps its amounts and the time of their last change, also after settlement;
-so both are read afterwards, page by page. If one did change in between (a hold that grew, a ledger that was trimmed),
-the window is read again; if that never succeeds, the report is inconclusive, not a failure.
+A window adds up if ``spent + unconfirmed`` equals the sum of its ledger, and ``held`` equals the sum of its open holds
+(P11 in docs/design.md).
 
-A repair needs no pause of the writers either: they change counters, ledger and holds together, so the error of a
-counter stays constant from a snapshot to its correction (``lua/correct.lua``).
+Concurrent writers cause no false alarm. The counters, the end of the ledger and the ids of all open holds are read in
+one step. The ledger entries and the records of the holds are read afterwards, page by page. This is safe: entries never
+change, and a hold's record keeps its amounts and the time of their last change, even after settlement. If a hold grew
+or the ledger was trimmed in between, the window is read again. If no attempt succeeds, the report is inconclusive,
+which is not a failure.
+
+A repair needs no pause of the writers either. Writers change counters, ledger and holds together, so the error of a
+counter stays constant from a snapshot to the correction (``lua/correct.lua``).
 """
 
 from __future__ import annotations
@@ -57,11 +60,11 @@ class WindowReport:
     unconfirmed_sum: int | None = None
     """The ledger's sum of unconfirmed charges; ``None`` if a part of the ledger was trimmed."""
     fault: str = ""
-    """Why the window cannot be read, such as a key of another type. Its figures are unknown then."""
+    """Why the window cannot be read, such as a key of another type; its figures are then unknown. Otherwise empty."""
 
     @property
     def adds_up(self) -> bool:
-        """Whether the counters equal the sums. True if inconclusive: there is no evidence against it."""
+        """Whether the counters equal the sums. True if the report is inconclusive."""
         if self.fault:
             return False
         if not self.conclusive:
@@ -88,7 +91,7 @@ class IndexChange:
     """An entry added to an index of holds, or removed from it."""
 
     index: str
-    """``due`` or ``unconfirmed``."""
+    """``due`` (open holds, by deadline) or ``unconfirmed`` (holds that expired without a settlement)."""
     hold_id: str
     added: bool
 
@@ -111,11 +114,12 @@ def verify(
     timeout: float = 5.0,
     credential_provider: CredentialSource | None = None,
 ) -> list[WindowReport]:
-    """Check every window of the tenant in the store, or only those of ``budgets``. Write nothing.
+    """Check every window of the tenant in the store, or only those of ``budgets``. The check writes nothing.
 
     Args:
-        windows: only these, each a budget and its window's name. A name with the fingerprint of its definition
-            (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`) is read without a scan of all windows.
+        windows: the windows to check, each a budget's name and a window's name; by default all. If every window's name
+            includes the fingerprint of the budget's definition
+            (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`), the store is not scanned for windows.
         timeout: the longest wait for one reply of the store, in seconds.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
@@ -127,10 +131,12 @@ def verify(
 
 
 class Auditor:
-    """Checks a tenant's windows repeatedly, and reads only new ledger entries each time. Not thread-safe.
+    """Checks a tenant's windows, and repairs them. An auditor is not thread-safe.
+
+    A repeated check reads only the ledger entries that are new since the last check.
 
     Args:
-        url: of the store.
+        url: the URL of the store.
         timeout: the longest wait for one reply of the store, in seconds.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
@@ -180,9 +186,10 @@ class Auditor:
     def repair(
         self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
     ) -> Repair:
-        """Rebuild the indexes of holds from their records, and the counters of windows from ledger and open holds.
+        """Rebuild the indexes of holds from the holds' records, and the windows' counters from ledgers and open holds.
 
-        Writers need not stop. Each correction is logged, and leaves an entry ``audit`` of amount 0 in the ledger.
+        Writers need not stop. Each correction is logged. The correction of a counter also adds an entry ``audit`` of
+        amount 0 to the ledger.
 
         Raises:
             StoreUnavailable: the store does not reply; earlier corrections remain.
@@ -279,7 +286,7 @@ class Auditor:
                     return self._report(snapshot, budget, window)
                 continue
             if snapshot.holds_sum is None and set(differences) <= {"events"} and not missing:
-                continue  # correct all counters at once
+                continue  # read again, so that all counters are corrected at once
             note = _note(differences, missing)
             corrected = reader.correct(budget, window, snapshot, differences, missing, note)
             if corrected is None:
@@ -303,7 +310,7 @@ def _log_index_changes(changes: Sequence[IndexChange]) -> None:
 
 
 def _snapshot(reader: AuditReader, budget: str, window: str) -> WindowSnapshot | str:
-    """Read a window; return the reason if it cannot be read, so that the other windows are checked."""
+    """Read a window. If that fails, return the reason, so that the check of the other windows continues."""
     from redis import ResponseError
 
     try:
@@ -319,8 +326,9 @@ def _snapshot(reader: AuditReader, budget: str, window: str) -> WindowSnapshot |
 def _differences(snapshot: WindowSnapshot, ledger: Ledger) -> tuple[dict[str, int], int]:
     """Compute the correction of each wrong counter, and the amount that the ledger lacks.
 
-    The ledger is taken for damaged if two other sources agree on a higher spend: the counter, and the sum of the
-    replicas' subtotals. Then no money is returned.
+    The ledger counts as damaged if two other sources agree on a higher spend: the counter ``spent``, and the sum of the
+    replicas' subtotals. In that case ``spent`` and ``unconfirmed`` are not corrected, and the ledger gets an entry of
+    the amount that it lacks.
     """
     differences: dict[str, int] = {}
     missing = 0

@@ -1,8 +1,9 @@
 """Reads a tenant's windows, ledgers, holds and indexes of holds on the live store, and corrects them.
 
-Synchronous, over redis-py's plain client: an audit runs in a thread or in a command. :func:`connect` finds the one
-server that has the tenant's keys itself, for redis-py's ``RedisCluster`` scans every node and needs more permissions
-(``COMMAND``), and its ``Sentinel`` reports a refused login as an absent master.
+The reader is synchronous, because an audit runs in a thread or in a command. It uses redis-py's plain client, and
+:func:`connect` finds the one server that has the tenant's keys. Two other classes of redis-py are not used:
+``RedisCluster`` scans every node and needs the permission for ``COMMAND``, and ``Sentinel`` reports a refused login as
+an absent master.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ _RESOLVING = frozenset({"correction", "release", "revival"})
 
 
 def connect(url: str, key: str, timeout: float, credentials: Credentials | None = None) -> Any:
-    """Connect a synchronous client to the current primary of a key: a single server, in a cluster, or behind Sentinel.
+    """Connect a synchronous client to the server that is now the primary of a key.
+
+    The URL names a single server, a cluster, or Sentinel servers.
 
     Raises:
         InvalidArgument: the URL is not usable.
         StoreUnavailable: no cluster node or sentinel names that server.
-        redis.RedisError: none could be queried.
+        redis.RedisError: no cluster node or sentinel could be queried.
     """
     import redis
 
@@ -69,7 +72,7 @@ def connect(url: str, key: str, timeout: float, credentials: Credentials | None 
 def _primary_by_cluster(client: Any, key: str, source: Address) -> Address | None:
     from redis.crc import key_slot
 
-    # Not the method of this name: it parses the reply to CLUSTER SLOTS into another form.
+    # redis-py's own method for CLUSTER SLOTS is not used, because it parses the reply into another form.
     ranges = client.execute_command("CLUSTER", "SLOTS")
     return primary_of_slot(key_slot(key.encode()), ranges, source)[0]
 
@@ -101,10 +104,10 @@ class WindowSnapshot:
 
 @dataclass(slots=True)
 class Ledger:
-    """The sums of a ledger up to an entry; a later snapshot continues from there.
+    """The sums of a ledger up to one entry. A later snapshot adds the newer entries only.
 
-    Entries never change, so these sums stay valid if the ledger is trimmed: its summary replaces entries that were read
-    here.
+    To trim a ledger is to replace its oldest entries by one summary. The sums stay valid if the ledger is trimmed,
+    because the summary replaces entries that were already read.
     """
 
     number: int = 0
@@ -119,7 +122,8 @@ class Ledger:
     events: int = 0
     """Entries that count as events."""
     carried: bool = False
-    """Whether a summary was read; the sums then lack the events and unconfirmed charges of the entries in it."""
+    """Whether a summary was read. If so, the sums lack the events and unconfirmed charges of the entries in the
+    summary."""
     charges: dict[str, int] = field(default_factory=dict)
     """Charges of expired holds that are still unconfirmed, by hold id."""
 
@@ -143,9 +147,12 @@ class Ledger:
             self.carried = True
 
     def continues_at(self, head: bytes, trimmed_count: int, newest: int) -> bool:
-        """Whether a ledger with this first entry and newest number continues the one read before.
+        """Whether a stored ledger continues the ledger that was read before; if so, remember its first element.
 
-        Remember its first entry.
+        Args:
+            head: the first element of the stored ledger.
+            trimmed_count: how many entries that element summarises; 0 if it is no summary.
+            newest: the number of the stored ledger's newest entry.
         """
         same_head = self.head == head if self.trimmed_count == trimmed_count else self.trimmed_count < trimmed_count
         if not (self.number == 0 or (same_head and trimmed_count <= self.number)) or self.number > newest:
@@ -157,10 +164,10 @@ class Ledger:
 
 
 class AuditReader:
-    """Reads a tenant's windows and holds; corrects them on request.
+    """Reads a tenant's windows and holds, and corrects them on request.
 
     Args:
-        client: redis-py's, replying in bytes.
+        client: a client of redis-py that returns bytes.
     """
 
     def __init__(self, client: Any, keys: Keys) -> None:
@@ -172,7 +179,7 @@ class AuditReader:
     # -- windows -------------------------------------------------------------------------------------------------------
 
     def windows(self) -> list[tuple[str, str]]:
-        """Budget and stored window name of each window, or ledger, in the store."""
+        """Return the budget and the stored name of each window that has counters or a ledger in the store."""
         found = set()
         for prefix in (self._keys.window("", "")[:-1], self._keys.ledger("", "")[:-1]):
             for key in self._scan(prefix):
@@ -180,7 +187,7 @@ class AuditReader:
         return sorted(found)
 
     def keep_ledgers_of(self, windows: Collection[tuple[str, str]]) -> None:
-        """Drop the sums of all other ledgers."""
+        """Keep the sums of the ledgers of these windows, and drop the sums of all others."""
         kept = {self._keys.ledger(*window) for window in windows}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in kept}
 
@@ -226,7 +233,7 @@ class AuditReader:
         return seconds * 1_000_000 + microseconds, fields, head or b"", last or b"", length, open_ids
 
     def check_epoch(self) -> None:
-        """Drop the sums of all ledgers if the store's epoch has changed.
+        """Drop the sums of all ledgers if the store's epoch has changed, which means that the store has lost data.
 
         Raises:
             StoreUnavailable: the store has lost all data since an earlier check, and no replica has repaired it yet.
@@ -240,9 +247,10 @@ class AuditReader:
             self._epoch, self._ledgers = epoch, {}
 
     def _ledger(self, key: str, head: bytes, last: bytes, length: int) -> Ledger | None:
-        """The ledger's sums up to ``last``, or ``None`` if it was trimmed meanwhile.
+        """Return a ledger's sums up to the entry ``last``; ``None`` if the ledger was trimmed meanwhile.
 
-        Reads only what is new since the last snapshot, unless entries were removed other than by trimming.
+        Only entries that are new since the last snapshot are read. If entries were removed other than by trimming, the
+        whole ledger is read again.
         """
         trimmed_count = parse_entry(head).trimmed_count if head else 0
         newest = length - 1 + trimmed_count if trimmed_count else length
@@ -272,7 +280,10 @@ class AuditReader:
         return ledger.number == newest
 
     def _holds_sum(self, ids: Sequence[bytes], name: str, now_us: int) -> int | None:
-        """The sum, in one window, of the holds that were open at ``now_us``; ``None`` if one has changed since then."""
+        """Return the sum, in one window, of the holds that were open at ``now_us``.
+
+        Return ``None`` if one of these holds has changed since then.
+        """
         total = 0
         for page in _pages(ids, _PAGE):
             for stored in self._client.mget([self._keys.hold(hold_id.decode()) for hold_id in page]):
@@ -289,7 +300,9 @@ class AuditReader:
     def correct(
         self, budget: str, window: str, snapshot: WindowSnapshot, differences: dict[str, int], missing: int, note: str
     ) -> dict[str, tuple[int, int]] | None:
-        """Add differences to counters; return each value before and after, or ``None`` after another correction.
+        """Add the differences to the counters; return each counter's value before and after.
+
+        If another repair has corrected the window since the snapshot, change nothing and return ``None``.
 
         Args:
             snapshot: the snapshot that the differences were found in.
@@ -307,7 +320,7 @@ class AuditReader:
     # -- indexes -------------------------------------------------------------------------------------------------------
 
     def reindex(self) -> list[tuple[str, str]]:
-        """Rebuild the indexes of holds from their records; return changes like ``+due``, with hold ids."""
+        """Rebuild the indexes of holds from their records; return each change, such as ``+due``, with the hold's id."""
         prefix = self._keys.hold_prefix
         ids = (key.decode().removeprefix(prefix) for key in self._scan(prefix))
         changes = list(self._reindex(ids, self._unindexed))
@@ -321,7 +334,7 @@ class AuditReader:
         return (b"o", self._keys.due), (b"x", self._keys.unconfirmed)
 
     def _reindex(self, ids: Iterable[str], wrong: Callable[[list[str]], list[str]]) -> Iterator[tuple[str, str]]:
-        """Check ids page by page; then a script checks the wrong ones again, and corrects the indexes in one step."""
+        """Find the wrong ids page by page. A script checks these ids again, and corrects the indexes in one step."""
         for page in _pages(ids, _PAGE):
             for part in _pages(wrong(page), _REINDEXED_AT_ONCE):
                 keys = [self._keys.due, self._keys.unconfirmed, *map(self._keys.hold, part)]
@@ -329,7 +342,7 @@ class AuditReader:
                 yield from zip(words[::2], words[1::2], strict=True)
 
     def _unindexed(self, ids: list[str]) -> list[str]:
-        """The holds that are missing from their index, or are in it with a wrong deadline."""
+        """Return the holds that are missing from their index, or whose deadline in the index is wrong."""
         found = self._client.mget([self._keys.hold(hold_id) for hold_id in ids])
         records = dict(zip(ids, found, strict=True))
         wrong: list[str] = []

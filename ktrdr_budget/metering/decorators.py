@@ -49,8 +49,8 @@ def budgeted(
       ``current_hold().accrue("0.03")``;
     - the estimate.
 
-    If the function raises, the accrued amount is committed. If nothing was accrued, the hold is released, or charged if
-    ``on_error`` is ``charge``.
+    If the function raises, the accrued amount is committed. If nothing was accrued, the hold is released. With
+    ``on_error="charge"``, the hold is left to expire instead.
 
     Args:
         budget: the name of one budget, or a mapping of budget names to estimates.

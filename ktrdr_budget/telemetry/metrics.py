@@ -138,7 +138,7 @@ class LimiterMetrics:
     def observe(self, observation: Observation) -> None:
         """Count a finished call. Use this method as an ``observer`` of the limiter."""
         result, operation = observation.result, observation.operation
-        if operation != "resolve":  # a resolved doubt about a lost reply is not a call
+        if operation != "resolve":  # `resolve` completes an earlier call, and is no call of its own
             seconds = self._by_operation.get(operation)
             if seconds is None:
                 seconds = self._by_operation[operation] = self._seconds.labels(operation)

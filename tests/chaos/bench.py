@@ -189,6 +189,7 @@ class Bench:
             "url": self.url, "tenants": self.tenants, "budgets": self.budgets, "timeout": TIMEOUT_S,
             # With several runs at once, calls may also be late where the store has no fault.
             "timeouts": dict.fromkeys(self.untouched, 20.0) if self.quick else {},
+            "settling_timeout": 5.0 if self.quick else TIMEOUT_S,
             "callers": self.callers, "pause_ms": self.pause_ms, "cancels": self.cancels, "leaves": self.leaves,
             "limiter": {**self._limiter_options, **limiter_options}, "seed": self.figures.seed,
             "number": self._generations, "history": f"{self.histories}/{{number}}.{{worker}}.jsonl",

@@ -1,8 +1,8 @@
 """One replica of the chaos bench: its callers spend, retry, abandon or are cancelled, and write every call to a file.
 
-Options: `url, tenants, budgets, timeout, timeouts, callers, pause_ms, cancels, leaves, limiter, history, seed, worker,
-number`. Each call is written twice, at its begin and at its end, so the file shows the calls in flight when the process
-was killed. Lines of the file, with times in nanoseconds of the machine's monotonic clock:
+Options: `url, tenants, budgets, timeout, timeouts, settling_timeout, callers, pause_ms, cancels, leaves, limiter,
+history, seed, worker, number`. Each call is written twice, at its begin and at its end, so the file shows the calls in
+flight when the process was killed. Lines of the file, with times in nanoseconds of the machine's monotonic clock:
 
     {"n", "at", "call", "tenant", "id", "requested", "ttl_ms", "policy"}    begun; amounts in whole units
     {"n", "at", "outcome", "amounts", "windows", "ambiguous", "hold_id"}    ended: done, replayed, …, or an error
@@ -24,8 +24,6 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, StoreUnavailab
 from ktrdr_budget.money import from_units, to_units
 
 SETTLING_S = 120.0
-SETTLING_TIMEOUT_S = 5.0
-"""Timeout of the calls after the faults: a slow machine is not an outage."""
 RETRIES_AT_ONCE = 50
 TIMER_S = 0.005
 STALL_MIN_S = 0.01
@@ -286,7 +284,7 @@ async def main(options: dict) -> None:
     callers = [asyncio.create_task(replica.work(number)) for number in range(options["callers"])]
     await lines.get()
     replica.stopping = True
-    limiter.engine.set_timeout(max(timeout, SETTLING_TIMEOUT_S))
+    limiter.engine.set_timeout(max(timeout, options["settling_timeout"]))
     await asyncio.gather(*callers)
     await replica.resolve_unknown()
     send(replica.report())

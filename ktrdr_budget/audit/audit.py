@@ -1,4 +1,4 @@
-"""Checks on a live store that every window adds up, and repairs the windows that do not.
+"""The audit: it checks that every window of a live store adds up, and repairs the windows that do not.
 
 A window adds up if ``spent + unconfirmed`` equals the sum of its ledger, and ``held`` equals the sum of its open holds
 (P11 in docs/design.md).

@@ -1,4 +1,4 @@
-"""Runs the calls of an async limiter. :mod:`.portal` runs those of a sync limiter, whose callers do not ``await``."""
+"""The runner of an async limiter. :mod:`.portal` is the runner of a sync limiter, whose callers do not ``await``."""
 
 from __future__ import annotations
 

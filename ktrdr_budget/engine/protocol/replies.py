@@ -91,7 +91,7 @@ class Outgrown(NamedTuple):
 
 
 class Retired(NamedTuple):
-    """The hold was due (open past its deadline) and is now unconfirmed, or the hold was not due."""
+    """The hold is no longer due (open past its deadline): a due hold is now unconfirmed, any other is unchanged."""
 
 
 class Restored(NamedTuple):

@@ -1,14 +1,15 @@
 """A replica's journal: acknowledged operations, to be replayed if the store loses them (P13).
 
-The journal has four kinds of entries: *limits* of run time that the replica set or read, the replica's *subtotal* of
-the spend in each window, *holds* that were granted to the replica, and a bounded number of recent *settlements*. Each
-entry is identified by an id, a time or a total, so that a second replay changes nothing. The replay of a settlement
-also restores the id of the hold; the units of an evicted settlement are still in the subtotal. Holds and settlements
-are kept as records of the hold, so that after a repair the same reservation is a replay.
+The journal has four kinds of entries: run-time *limits* that this replica has set or has read from the store, the
+replica's *subtotal* of the spend in each window, *holds* that were granted to the replica, and a bounded number of
+recent *settlements*. Each entry is identified by an id, a time or a total, so that a second replay changes nothing. The
+replay of a settlement also restores the id of the hold; the units of an evicted settlement are still in the subtotal.
+An entry for a hold or a settlement contains the hold's whole record, so that a repeated reservation still gets the
+original hold after a repair.
 
-Each settlement counts in the subtotal of exactly one replica: the replica that settled the hold, which the store's
-record names. If the request of another replica was a replay, the other replica journals the settlement as well, and
-replays the settlement on behalf of the first replica, which may be gone.
+Each settlement counts in the subtotal of exactly one replica: the one that settled the hold, which the store's record
+names. If a second replica sends the same settlement, the store returns the existing one. The second replica journals
+it, too, and can restore it after a data loss on behalf of the first replica, which may be gone by then.
 """
 
 from __future__ import annotations

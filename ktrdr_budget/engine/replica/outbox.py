@@ -1,10 +1,13 @@
 """The outbox of a replica: requests to send once the store replies again.
 
 A settlement is *deferred* if the caller continued without the store (policies ``allow`` and ``lease``). A request is
-*in doubt* if its reply was lost. A settlement or report is also in doubt if the caller will not retry it. The outbox
-sends a settlement or report again; the id of the hold makes that harmless. If a reservation with a generated id is in
-doubt, the hold is released, or refused if the request arrives late. If the caller chose the id, the hold is only looked
-up, because a retry of the caller receives the hold; if the caller is gone, the grant to the request is released.
+*in doubt* if its reply was lost. A settlement or report that failed in another way is also in doubt if the caller will
+not retry it.
+
+The outbox sends a settlement or report again; the id of the hold makes that harmless. If a reservation in doubt has a
+generated id, the hold is released; if the reservation arrives at the store later, the store refuses it. If the caller
+chose the id, the hold is not released but only looked up, because the caller may retry and then receives the hold. If
+that caller is gone, the hold is released if this very request has created it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_if_a_deferred_settlement_is_repeated_its_earliest_possible_execution_ti
     assert entry.maybe_executed_us == NOW_US
 
 
-def test_a_queued_release_of_a_grant_replaces_the_look_up_of_the_same_request():
+def test_queuing_the_release_of_a_grant_removes_the_queued_look_up_of_the_reservation():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(release("a", "r1"))

@@ -176,7 +176,7 @@ def test_the_first_use_of_a_budget_needs_at_most_eight_more_commands_if_20000_bu
         assert sum(many.values()) <= sum(few.values()) + 8
 
 
-def test_a_write_reads_no_complete_hash_if_there_were_50000_replicas(server):
+def test_a_write_never_reads_a_whole_hash_even_after_50000_replicas(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20) as limiter:
         now_s = client.time()[0]
         pipeline = client.pipeline(transaction=False)

@@ -178,7 +178,7 @@ async def cancelled_in_flight(call: Coroutine[Any, Any, Any], sent: Callable[[],
         await task
 
 
-async def test_if_a_caller_is_cancelled_the_hold_of_another_replica_with_the_same_id_stays_open(
+async def test_a_cancelled_caller_leaves_open_the_hold_that_another_replica_made_with_the_same_id(
     client, proxy, limiter, other
 ):
     """The cancelled request arrives second; its reply is a replay of the grant to the other replica."""

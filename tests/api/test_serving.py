@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -336,13 +336,16 @@ def test_the_embedded_server_stops_after_the_last_worker_has_stopped(tmp_path):
 
 
 def workers_of(service: ServiceProcess) -> set[int]:
-    """The worker processes: children with the metrics directory in their environment."""
+    """The worker processes: children that multiprocessing has spawned."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
-    return {
-        int(child)
-        for child in children
-        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-    }
+    return {int(child) for child in children if "spawn_main" in command_of(child)}
+
+
+def command_of(process: str) -> str:
+    """The command line of a process; empty if the process has ended meanwhile."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 def counted(service: ServiceProcess) -> float:

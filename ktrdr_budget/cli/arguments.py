@@ -93,8 +93,13 @@ def json_option(command: Command) -> Command:
 
 def watch_options(command: Command) -> Command:
     """Add ``--json``, ``--watch`` and ``--interval``."""
-    every = {"metavar": "SECONDS", "default": 2.0, "callback": validate_seconds(0.1), "show_default": True}
-    command = click.option("--interval", **every, help="Seconds between two refreshes of --watch.")(command)  # type: ignore[arg-type]
+    every: dict[str, Any] = {
+        "metavar": "SECONDS",
+        "default": 2.0,
+        "callback": validate_seconds(0.1),
+        "show_default": True,
+    }
+    command = click.option("--interval", **every, help="Seconds between two refreshes of --watch.")(command)
     command = click.option("--watch", is_flag=True, help="Refresh the output until Ctrl-C.")(command)
     text = "Print the service's JSON; with --watch, one line per refresh."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)

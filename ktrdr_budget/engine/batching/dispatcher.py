@@ -152,8 +152,7 @@ class Dispatcher:
         future = loop.create_future() if future is None else future
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
         deadline_s = loop.time() + self.timeout_s
-        stalled_max_s = self.deadlines.stalled_s + self.timeout_s / 2
-        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, stalled_max_s, kept=kept)
+        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, self._stalled_max_s, kept=kept)
         self._resume(call, None)
         return call
 
@@ -522,6 +521,11 @@ class Dispatcher:
             self._throw(call, unavailable(cause, self.store.shown, self.timeout_s, ambiguous=ambiguous, waited=why))
         return left
 
+    @property
+    def _stalled_max_s(self) -> float:
+        """The ``stalled_max_s`` of a call that is given its time now."""
+        return self.deadlines.stalled_s + self.timeout_s / 2
+
     def _was_stalled(self, call: PendingCall) -> bool:
         """Whether the event loop was blocked for at least half of a call's time.
 
@@ -541,7 +545,7 @@ class Dispatcher:
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
         call.was_renewed, call.deadline_s = True, self._loop.time() + self.timeout_s
-        call.stalled_max_s = self.deadlines.stalled_s + self.timeout_s / 2
+        call.stalled_max_s = self._stalled_max_s
         return True
 
     def _refuse_queued(self) -> None:

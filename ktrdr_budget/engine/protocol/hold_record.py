@@ -79,11 +79,6 @@ class HoldRecord(NamedTuple):
         """Whether the hold counts as held."""
         return self.state == codes.OPEN
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the state is final."""
-        return self.state in codes.SETTLED
-
     def is_due(self, now_ms: int) -> bool:
         """Whether the hold is open although its deadline has passed."""
         return self.state == codes.OPEN and self.deadline_ms <= now_ms

@@ -199,8 +199,7 @@ class Journal:
         return hold or (self._older_holds.pop(hold_id, None) if self._older_holds else None)
 
     def _evict_holds(self, now_ms: int) -> None:
-        deadlines_ms = [deadline_ms_of(hold.record) for hold in self._older_holds.values()]
-        self.forgotten_holds += sum([deadline_ms > now_ms for deadline_ms in deadlines_ms])
+        self.forgotten_holds += sum([deadline_ms_of(hold.record) > now_ms for hold in self._older_holds.values()])
         self._older_holds, self._holds = self._holds, {}
         self._drop_windows(now_ms)
 

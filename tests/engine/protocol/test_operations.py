@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode, ReleaseMode
-from ktrdr_budget.engine.protocol.hold_record import parse_record
+from ktrdr_budget.engine.protocol.hold_record import is_settled, parse_record
 from ktrdr_budget.engine.protocol.operations import (
     Commit,
     CommitAmount,
@@ -212,7 +212,7 @@ def test_a_late_record_of_spend_has_the_windows_and_labels_of_the_original_recor
 def test_a_release_by_an_operator_or_after_the_deadline_can_be_corrected_by_a_commit(mode, settled, correctable):
     op = Release("a", "key", [AGENT], mode)
     assert op.is_correctable(settled) == correctable
-    assert op.record(settled, RECORD, 9).is_settled == (not correctable)
+    assert is_settled(op.record_text(settled, RECORD, 9)) == (not correctable)
 
 
 def test_an_operation_that_only_probes_the_store_names_no_hold_and_no_window():

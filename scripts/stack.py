@@ -186,7 +186,7 @@ class Stack:
     async def _while_alive(self, work: object) -> None:
         """Await work, unless a child dies first."""
         tasks = [asyncio.ensure_future(child.wait_dead()) for child in self._children]
-        tasks.append(asyncio.ensure_future(work))  # type: ignore[call-overload]
+        tasks.append(asyncio.ensure_future(work))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

@@ -64,7 +64,7 @@ def test_if_a_threshold_variable_is_not_a_number_the_error_names_the_variable(va
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.5", None])
 def test_a_threshold_other_than_a_finite_number_is_rejected(value: object):
     with pytest.raises(InvalidArgument, match="^max_loss must be a finite number"):
-        Thresholds(max_loss=value)  # type: ignore[arg-type]
+        Thresholds(max_loss=value)
 
 
 def test_the_reason_of_a_passed_gate_shows_every_figure():

@@ -144,7 +144,7 @@ async def test_figures_of_any_numeric_type_are_recorded_as_json_numbers(stage, k
 
 async def test_an_assessment_summary_of_any_type_is_recorded_as_text(stage):
     async def assess(*_) -> Assessment:
-        return Assessment("poor", ["not", "a", "text"])  # type: ignore[arg-type]
+        return Assessment("poor", ["not", "a", "text"])
 
     stage.script.assess = assess
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)

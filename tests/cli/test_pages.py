@@ -82,7 +82,7 @@ def test_after_a_trim_of_the_ledger_a_repeated_cursor_is_not_an_error(serve: Ser
     assert listed() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("document", [{"items": []}, page(cursor=7), {"items": {}, "next_cursor": None}])  # type: ignore[arg-type]
+@pytest.mark.parametrize("document", [{"items": []}, page(cursor=7), {"items": {}, "next_cursor": None}])
 def test_a_reply_without_a_valid_page_is_an_error(serve: Serve, document: dict[str, Any]) -> None:
     serve(document)
     with pytest.raises(CommandError):

@@ -275,7 +275,7 @@ def watching(store: Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(*options: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "ktrdr_budget.cli", "budget", "verify", "--watch", "--interval", "0.1", *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(words, **pipes))  # type: ignore[call-overload]
+        started.append(subprocess.Popen(words, **pipes))
         return started[-1]
 
     yield start

@@ -28,7 +28,7 @@ class ScriptedBackground(Background):
     """
 
     def __init__(self, state: ReplicaState, *replies: Any) -> None:
-        super().__init__(state, SimpleNamespace(shown="store:1"), 1.0)  # type: ignore[arg-type]
+        super().__init__(state, SimpleNamespace(shown="store:1"), 1.0)
         self.replies = deque(replies)
         self.sent: list[list[Operation] | Read] = []
 

@@ -39,7 +39,7 @@ def test_the_default_limiters_of_sync_and_async_code_are_separate():
 
 def test_a_default_limiter_of_the_wrong_type_is_rejected():
     with pytest.raises(InvalidArgument, match="limiter must be an AsyncBudgetLimiter or a BudgetLimiter"):
-        set_default_limiter("redis://store")  # type: ignore[arg-type]
+        set_default_limiter("redis://store")
 
 
 def test_each_event_loop_has_a_separate_default_limiter_until_the_loop_ends():

@@ -42,7 +42,7 @@ class Store:
 
 
 def background(reply: Any = None) -> Background:
-    return Background(call_context(*STATE_BUDGETS).state, Store(reply), timeout_s=5.0)  # type: ignore[arg-type]
+    return Background(call_context(*STATE_BUDGETS).state, Store(reply), timeout_s=5.0)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ async def test_a_batch_has_the_timeout_of_the_limiter_unless_a_shorter_timeout_i
     before_s = made.time()
     await made.send([Retire.nothing("key")])
     await made.send([Retire.nothing("key")], 1.0)
-    longer_s, shorter_s = made.store.deadlines_s  # type: ignore[attr-defined]
+    longer_s, shorter_s = made.store.deadlines_s
     assert longer_s - before_s >= 5.0
     assert shorter_s < longer_s
 
@@ -155,17 +155,18 @@ async def test_tasks_run_without_the_context_of_the_caller_unless_a_context_is_g
 
 
 async def test_ending_a_limiter_cancels_its_tasks_and_waits_until_the_tasks_have_ended():
-    made, ended = background(), list[str]()
+    made, begun, ended = background(), asyncio.Event(), list[str]()
     made.bind(asyncio.get_running_loop())
 
     async def work() -> None:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
             ended.append("work")
 
     made.spawn(work())
-    await asyncio.sleep(0)
+    await begun.wait()
     assert not made.closed
     await made.end()
     assert (ended, made.closed, made.tasks) == (["work"], True, set())

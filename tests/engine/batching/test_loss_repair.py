@@ -19,6 +19,7 @@ from ktrdr_budget.engine.protocol.requests import Read
 
 from ...helpers.background import LOST, ScriptedBackground
 from ...helpers.calls import NOW_MS, NOW_US, call_context, errors_of, found, granted_hold, hold_record
+from ...helpers.waiting import until
 
 TOKENS = Budget("tokens", 1000, unit="tokens")
 AGAIN = Restored(False)
@@ -39,10 +40,10 @@ class Replica:
         """Whether a further loss is detected during the first batch."""
         self.policy_checks: list[str] = []
         self.timers: list[tuple[float, Callable[[], None]]] = []
-        self.background.later = self.later  # type: ignore[assignment, method-assign]
+        self.background.later = self.later
         self.repair = LossRepair(
             self.background,
-            self.breaker,  # type: ignore[arg-type]
+            self.breaker,
             check_policy=lambda: self.policy_checks.append("check"),
             on_wait=self.on_wait,
             on_end=self.on_end,
@@ -243,8 +244,7 @@ async def test_a_repair_sends_nothing_while_the_circuit_breaker_is_open():
     replica.breaker.open = True
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.begin()
-    while not replica.waits:
-        await asyncio.sleep(0)
+    await until(lambda: replica.waits)
     assert replica.sent == []
     replica.breaker.open = False
     await replica.background.idle()

@@ -84,8 +84,8 @@ class Replica:
         self.replayer = Replayer(
             self.context,
             self.background,
-            self.breaker,  # type: ignore[arg-type]
-            self.repair,  # type: ignore[arg-type]
+            self.breaker,
+            self.repair,
             lambda op, settled: self.settled.append(op.hold_id),
         )
 
@@ -331,7 +331,7 @@ async def test_while_the_store_is_unreachable_the_outbox_is_sent_again_at_growin
     loop = SimpleNamespace(
         create_task=asyncio.get_running_loop().create_task, call_later=lambda *timer: timers.append(timer) or object()
     )
-    replica.background.bind(loop)  # type: ignore[arg-type]
+    replica.background.bind(loop)
     replica.replayer.schedule()
     for _ in range(7):
         timers[-1][1]()
@@ -344,7 +344,7 @@ async def test_while_the_store_is_unreachable_the_outbox_is_sent_again_at_growin
 def test_the_outbox_is_scheduled_once_but_not_during_an_outage_or_repair_or_after_the_end(obstacle):
     replica, loop = Replica(), asyncio.new_event_loop()
     timers: list[float] = []
-    loop.call_later = lambda delay_s, callback: timers.append(delay_s) or object()  # type: ignore[assignment, method-assign]
+    loop.call_later = lambda delay_s, callback: timers.append(delay_s) or object()
     replica.background.bind(loop)
     replica.breaker.open, replica.repair.active = obstacle == "breaker", obstacle == "repair"
     if obstacle == "end":

@@ -16,7 +16,7 @@ from ktrdr_budget.errors import BudgetExceeded, HoldConflict, InvalidAmount, Sto
 def chunks_at(now_ms: list[int], *sizes: int, ends_ms: float = 1000, low: int = 0) -> Chunks:
     made = Chunks("agent", "usd", 100, low, lambda: now_ms[0])
     for size in sizes:
-        made.add(Chunk(object(), size, ends_ms))  # type: ignore[arg-type]  # any hold will do
+        made.add(Chunk(object(), size, ends_ms))  # any hold will do
     return made
 
 
@@ -61,7 +61,7 @@ def test_chunks_agree_with_a_model_of_plain_arithmetic_in_random_histories(histo
 
     for action, *figures in history:
         if action == "add":
-            made = Chunk(object(), figures[0], now_ms[0] + figures[1])  # type: ignore[arg-type]
+            made = Chunk(object(), figures[0], now_ms[0] + figures[1])
             model = ChunkModel(figures[0], now_ms[0] + figures[1])
             with chunks.lock:
                 chunks.leave_ended(now_ms[0])

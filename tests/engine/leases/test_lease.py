@@ -49,7 +49,7 @@ class Store:
         self.requests: list[tuple[Any, ...]] = []
         self.now_s = 0.0
         self.loop = asyncio.new_event_loop()
-        self.loop.time = lambda: self.now_s  # type: ignore[method-assign]
+        self.loop.time = lambda: self.now_s
 
     def turn(self, seconds: int = 0) -> list[tuple[Any, ...]]:
         """Advance the clock; return the requests that were sent."""
@@ -131,7 +131,7 @@ def store() -> Iterator[Store]:
 
 def opened(store: Store, **options: Any) -> LeaseBase:
     """A lease with one chunk; it releases no idle chunk unless a test says so."""
-    lease = LeaseBase(store, "tokens", SLAB, **({"ttl": TTL_S, "idle": None} | options))  # type: ignore[arg-type]
+    lease = LeaseBase(store, "tokens", SLAB, **({"ttl": TTL_S, "idle": None} | options))
     store.loop.run_until_complete(lease.opened())
     return lease
 
@@ -367,7 +367,7 @@ def test_a_chunk_stays_usable_if_a_heartbeat_gets_no_reply(store, caplog):
 def test_a_chunk_is_settled_after_the_end_of_its_window_even_if_the_lease_is_not_used(store):
     lease = opened(store)
     lease.spend(7)
-    store.state.set_clock(lease.chunk.hold.parts[0][0].span.end_ms * 1000, 0)  # type: ignore[union-attr]
+    store.state.set_clock(lease.chunk.hold.parts[0][0].span.end_ms * 1000, 0)
     assert ("settle", 7) in store.turn(2)
 
 

@@ -37,13 +37,13 @@ class CountingStore:
     def __init__(self) -> None:
         self.now_ms_value = 1_000_000
         self.state = ReplicaState("default", [Budget(name, from_units(LIMIT), period="ever") for name in NAMES])
-        self.state.now_ms = lambda: self.now_ms_value  # type: ignore[method-assign]
+        self.state.now_ms = lambda: self.now_ms_value
         self.engine = SimpleNamespace(state=self.state)
         self.open_leases: set[Any] = set()
         self.timeout_s = 1.0
         self.reach = "there"
         self.loop = asyncio.new_event_loop()
-        self.loop.time = lambda: self.now_ms_value / 1000  # type: ignore[method-assign]
+        self.loop.time = lambda: self.now_ms_value / 1000
         self.held: dict[str, tuple[str, int]] = {}
         self.spent = dict.fromkeys(NAMES, 0)
         self.chunk_spend = dict.fromkeys(NAMES, 0)
@@ -209,11 +209,11 @@ class Replica:
 
     def settle(self, hold: HoldBase, shares: int, above: int = 0) -> None:
         """Commit a percentage of the grants, plus ``above`` units; release if both are 0."""
-        open_grants = [not grant.settled for grant in hold.offline.grants]  # type: ignore[union-attr]
-        granted = [grant.units for grant in hold.offline.grants]  # type: ignore[union-attr]
+        open_grants = [not grant.settled for grant in hold.offline.grants]
+        granted = [grant.units for grant in hold.offline.grants]
         units = [reserved * shares // 100 + above for _, reserved in hold.parts]
         amounts = [CommitAmount(CommitMode.EXACT, each) for each in units] if shares or above else None
-        hold.offline.settle(hold, amounts, "")  # type: ignore[union-attr]
+        hold.offline.settle(hold, amounts, "")
         self.holds.remove(hold)
         figures = zip(hold.parts, units, granted, open_grants, strict=True)
         for (window, _), amount, grant, is_open in figures if amounts else ():
@@ -225,7 +225,7 @@ class Replica:
         return sum(
             grant.units
             for hold in self.holds
-            for grant, (window, _) in zip(hold.offline.grants, hold.parts, strict=True)  # type: ignore[union-attr]
+            for grant, (window, _) in zip(hold.offline.grants, hold.parts, strict=True)
             if window.budget == name and not grant.settled
         )
 
@@ -293,7 +293,7 @@ def act(replica: Replica, step: tuple[Any, ...]) -> None:
                 more, ttl_s = figures
                 parts = [(window, units + more) for window, units in hold.parts]
                 with suppress(StoreUnavailable):
-                    hold.offline.extend(hold, lambda: parts, None if ttl_s is None else ttl_s * SECOND)  # type: ignore[union-attr]
+                    hold.offline.extend(hold, lambda: parts, None if ttl_s is None else ttl_s * SECOND)
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)
@@ -319,7 +319,7 @@ def test_policy_lease_never_exceeds_the_cap_and_loses_no_spend_in_random_histori
 
 def settle(hold: HoldBase, units: int | None) -> Any:
     amounts = None if units is None else [CommitAmount(CommitMode.EXACT, units) for _ in hold.parts]
-    return hold.offline.settle(hold, amounts, "")  # type: ignore[union-attr]
+    return hold.offline.settle(hold, amounts, "")
 
 
 def test_policy_lease_grants_and_records_nothing_before_the_store_grants_the_first_chunk():

@@ -32,7 +32,7 @@ def with_replies(discovery: Discovery, *replies: Any, by_source: dict[Any, Any] 
             return [(address, by_source[address]) for address in addresses if address in by_source]
         return list(zip(addresses, replies, strict=False))
 
-    discovery.query = query  # type: ignore[method-assign]
+    discovery.query = query
     return discovery
 
 

@@ -30,7 +30,7 @@ async def test_the_reservation_of_a_rejected_call_is_released(
     async with opened(method.sdk) as g:
         with pytest.raises(Exception, match="scripted") as caught:
             await run(method, g.client)
-        assert caught.value.status_code == status  # type: ignore[attr-defined]
+        assert caught.value.status_code == status
         assert g.counted == g.bill == 0
 
 

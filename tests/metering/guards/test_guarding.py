@@ -77,7 +77,7 @@ def test_unsupported_clients_and_invalid_options_are_rejected(provider: LocalPro
             guard(raw_client("anthropic", False, provider), limiter, **wrong)
     for wrong in ({"provider": ""}, {"allow_unmetered": "no"}, {"pricer": "0.15"}):
         with pytest.raises(InvalidArgument, match=next(iter(wrong))):
-            guard(raw_client("anthropic", False, provider), limiter, **wrong)  # type: ignore[arg-type]
+            guard(raw_client("anthropic", False, provider), limiter, **wrong)
     with pytest.raises(UnknownBudget):
         guard(raw_client("anthropic", False, provider), limiter, budgets=["other"])
 

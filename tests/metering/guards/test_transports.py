@@ -128,7 +128,7 @@ async def test_a_retry_with_a_different_model_makes_a_separate_reservation(
             held.append(next(iter(amounts.values())))
             return await reserve(amounts, *rest, **named)
 
-        limiter.reserve = recording_reserve  # type: ignore[method-assign]
+        limiter.reserve = recording_reserve
         async with raw_client("anthropic", True, provider, middleware=[other_model_on_retry], max_retries=1) as client:
             await guard(client, limiter).messages.create(**CALL)
         status = await limiter.status("agent")
@@ -154,7 +154,7 @@ async def test_if_each_chunk_reports_a_running_total_only_the_last_total_is_char
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with openai.AsyncOpenAI(api_key="k", http_client=http) as client:
             completions = guard(client, limiter).chat.completions
-            stream = await completions.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True)  # type: ignore[arg-type]
+            stream = await completions.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True)
             assert [chunk.choices[0].delta.content async for chunk in stream] == ["a", "b", "c"]
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 400 + 3 * 1_600
 
@@ -196,7 +196,7 @@ async def test_closing_a_stream_after_the_finish_reason_still_reads_the_usage_ch
         else (BudgetLimiter, openai.OpenAI, httpx2.Client)
     )
     async with entered(limiter_class(server.url, BUDGETS)) as limiter:
-        async with entered(client_class(api_key="k", http_client=http_class(transport=transport))) as client:  # type: ignore[arg-type]
+        async with entered(client_class(api_key="k", http_client=http_class(transport=transport))) as client:
             completions = guard(client, limiter).chat.completions
             stream = await resolve(completions.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True))
             assert [(await next_item(stream)).choices[0].finish_reason for _ in "ab"] == [None, "stop"]
@@ -236,7 +236,7 @@ async def test_calls_to_azure_cost_the_azure_prices(server: Any) -> None:
         async with openai.AsyncAzureOpenAI(
             api_key="k", api_version="2025-01-01", azure_endpoint="https://example.test", http_client=http
         ) as client:
-            await guard(client, limiter).chat.completions.create(model="gpt-4o", max_tokens=9, messages=MESSAGES)  # type: ignore[arg-type]
+            await guard(client, limiter).chat.completions.create(model="gpt-4o", max_tokens=9, messages=MESSAGES)
         assert paths == ["/openai/deployments/gpt-4o/chat/completions"]
         # $2.50 and $10 per million tokens in genai-prices 0.2.3.
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 2_500 + 3 * 10_000

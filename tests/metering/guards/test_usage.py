@@ -46,7 +46,7 @@ def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str
 def test_if_only_the_total_includes_reasoning_tokens_these_tokens_are_charged_as_output() -> None:
     """xAI reports reasoning tokens this way: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
-    usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
+    usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}
     parsed = parse("chat/completions", {**FRAME, "choices": [], "usage": usage}).usage
     assert parsed is not None and (parsed.input_tokens, parsed.output_tokens) == (10_120, 1_499 + 2_809)
 
@@ -80,7 +80,7 @@ async def test_the_reservation_stays_held_if_the_content_filter_of_azure_stops_a
         )
         async with guard(client, limiter, pricer=prices) as guarded:
             with pytest.raises(openai.BadRequestError):
-                await guarded.chat.completions.create(model=GPT, max_tokens=50, messages=MESSAGES)  # type: ignore[arg-type]
+                await guarded.chat.completions.create(model=GPT, max_tokens=50, messages=MESSAGES)
         assert (await limiter.status("agent")).held > 0  # at the price of the deployment, the only configured one
 
 
@@ -120,7 +120,7 @@ async def test_closing_an_async_stream_waits_only_a_limited_time_for_usage(
             _ = [await anext(stream) for _ in LINES]
             monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 60)
             closing = asyncio.create_task(stream.close())
-            await until(lambda: closing.get_coro().cr_await is not None)  # type: ignore[union-attr]
+            await until(lambda: closing.get_coro().cr_await is not None)
             closing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await closing

@@ -141,4 +141,4 @@ async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_n
 
 def test_an_unknown_durability_option_is_refused():
     with pytest.raises(InvalidArgument, match="durability"):
-        AsyncBudgetLimiter("redis://localhost", BUDGETS, durability="everywhere")  # type: ignore[arg-type]
+        AsyncBudgetLimiter("redis://localhost", BUDGETS, durability="everywhere")

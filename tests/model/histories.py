@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
@@ -65,6 +67,9 @@ names_of_a_hold = st.one_of(
     st.lists(usual, min_size=2, max_size=4, unique=True),
 )
 requests = names_of_a_hold.flatmap(mapping_for)
+spends = st.lists(usual.filter(lambda name: not BY_NAME[name].slots), min_size=1, max_size=4, unique=True).flatmap(
+    lambda names: mapping_for(names, zero=True)
+)
 ttls = st.sampled_from([1, 1.5, 60, 900, 900, 3600, 43_200, 86_400])
 policies = st.sampled_from(["charge", "charge", "accrued", "release"])
 NEW_IDS = [f"op_{number}" for number in range(12)]
@@ -75,6 +80,45 @@ configured_limits = st.fixed_dictionaries(
     {b.name: st.none() if b.name == UNCAPPED else usd_limits if b.unit == "usd" else count_limits for b in BUDGETS}
 )
 scalars = amount_for("agent", zero=True)
+
+
+class Choice(NamedTuple):
+    """Arguments for a call about a hold, drawn before it is known which budgets the hold has."""
+
+    form: str
+    chosen: set[str]
+    each: dict[str, Any]
+    usd: Any
+    count: int
+    operator: bool
+
+    def amounts(self, names: Iterable[str], *, none: bool = True) -> Any:
+        """Nothing, a scalar if it is unambiguous, or a mapping of some of the budgets."""
+        if self.form == "nothing" and none:
+            return None
+        if self.form == "scalar":
+            if any(BY_NAME[name].unit == "usd" for name in names):
+                return self.usd
+            if sum(not BY_NAME[name].slots for name in names) == 1:
+                return self.count
+        return {name: self.each[name] for name in names if name in self.chosen}
+
+    def totals(self, names: Iterable[str]) -> dict[str, Any]:
+        """New totals of at least one of the budgets."""
+        names = list(names)
+        grown = [name for name in names if name in self.chosen] or names[:1]
+        return {name: self.each[name] or 1 for name in grown}
+
+
+choices = st.builds(
+    Choice,
+    st.sampled_from(["mapping", "scalar", "nothing"]),
+    st.sets(st.sampled_from(list(BY_NAME))),
+    mapping_for(BY_NAME, zero=True),
+    scalars,
+    st.integers(0, 9),
+    st.booleans(),
+)
 
 bad_amounts = st.sampled_from(
     [

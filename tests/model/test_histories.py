@@ -12,14 +12,13 @@ import os
 from datetime import timedelta
 
 import pytest
-from hypothesis import HealthCheck, assume, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -31,15 +30,16 @@ from .histories import (
     BY_NAME,
     NEW_IDS,
     STARTS,
+    Choice,
+    choices,
     configured_limits,
     count_limits,
     impossible_reservations,
     mapping_for,
-    names_of_a_hold,
     new_ids,
     policies,
     requests,
-    scalars,
+    spends,
     steps_s,
     ttls,
     usd_limits,
@@ -53,7 +53,9 @@ EXAMPLES = int(os.environ.get("KTRDR_EXAMPLES", "100"))
 STEPS = int(os.environ.get("KTRDR_STEPS", "40"))
 
 numbers = st.integers(0, 2)
+places = st.integers(0, 99)
 changes = st.sampled_from(["commit", "commit", "release", "extend", "grow"])
+kinds = st.sampled_from(["reserve", "record", "commit", "release", "extend", "grow"])
 reservations = st.tuples(requests, new_ids, ttls, policies)
 
 
@@ -62,15 +64,20 @@ class Left(Exception):
 
 
 class Histories(RuleBasedStateMachine):
-    """A state machine whose rules make each call on the real system and on the model."""
+    """A state machine whose rules make each call on the real system and on the model.
+
+    The order in which the store decides concurrent calls differs from run to run. So no draw depends on a reply:
+    Hypothesis repeats the beginnings of histories, and reports a fault of the test if the draws then differ.
+    """
 
     ids = Bundle("ids")
-    holds = Bundle("holds")
     pair: Pair | None = None
 
     def __init__(self, server, runner: asyncio.Runner) -> None:
         super().__init__()
         self.server, self.runner = server, runner
+        self.granted: list = []
+        """The granted holds, each with its model, in order."""
 
     @initialize(start=st.sampled_from(STARTS), limits=configured_limits)
     def begin(self, start, limits):
@@ -100,16 +107,13 @@ class Histories(RuleBasedStateMachine):
         hold = self.model.holds.get(id)
         return list(hold.parts) if hold else ["agent"]
 
-    def _draw_amounts(self, data, names, *, none: bool = True):
-        """Draw nothing, a scalar if it is unambiguous, or a mapping of some of the budgets."""
-        kinds = [mapping_for(data.draw(st.lists(st.sampled_from(names), unique=True)), zero=True)]
-        if any(BY_NAME[name].unit == "usd" for name in names):
-            kinds.append(scalars)
-        elif sum(not BY_NAME[name].slots for name in names) == 1:
-            kinds.append(st.integers(0, 9))
-        if none:
-            kinds.append(st.none())
-        return data.draw(st.one_of(kinds), label="amounts")
+    def _hold(self, place: int):
+        """One of the granted holds, the last at place 0; nothing if the store gave its id to another hold."""
+        if not self.granted:
+            return None
+        real, worker = self.granted[-1 - place % len(self.granted)]
+        known = self.model.holds.get(worker.id)
+        return (real, worker) if known is None or known.serial == worker.serial else None
 
     # -- reserve and record --------------------------------------------------------------------------------------------
 
@@ -125,26 +129,27 @@ class Histories(RuleBasedStateMachine):
     def _reserve(self, number, amounts, id, ttl, policy):
         call = self._reservation(self._replica(number), amounts, id, ttl, policy)
         real, model = self.pair.both(call.replica, call.make, call.expect)
-        if not isinstance(model, Grant):
-            return multiple()
-        if not model.replayed:
-            self.pair.check_hard_cap(model.hold)
-        return real, self.model.worker(model, int(ttl * 1000))
+        if isinstance(model, Grant):
+            if not model.replayed:
+                self.pair.check_hard_cap(model.hold)
+            self.granted.append((real, self.model.worker(model, int(ttl * 1000))))
 
-    @rule(target=holds, number=numbers, one=reservations)
+    @rule(number=numbers, one=reservations)
     def reserve(self, number, one):
-        return self._reserve(number, *one)
+        self._reserve(number, *one)
 
-    @rule(target=holds, number=numbers, hold=holds, ttl=ttls, other=st.booleans(), data=st.data())
-    def reserve_again(self, number, hold, ttl, other, data):
+    @rule(number=numbers, place=places, ttl=ttls, order=st.permutations(list(BY_NAME)), other=st.booleans())
+    def reserve_again(self, number, place, ttl, order, other):
         """Reserve with a known id, and the same contents in another order or other contents."""
-        known = self.model.holds.get(hold[1].id)
-        assume(known is not None and all(part.requested for part in known.parts.values()))
+        hold = self._hold(place)
+        known = hold and self.model.holds.get(hold[1].id)
+        if not known or not all(part.requested for part in known.parts.values()):
+            return
         written = {n: p.requested if BY_NAME[n].unit != "usd" else f"{p.requested}e-9" for n, p in known.parts.items()}
-        amounts = {name: written[name] for name in data.draw(st.permutations(list(written)), label="order")}
+        amounts = {name: written[name] for name in order if name in written}
         if other:
-            amounts[data.draw(st.sampled_from(list(written)), label="other")] = 1
-        return self._reserve(number, amounts, known.id, ttl, known.on_expiry)
+            amounts[next(iter(amounts))] = 1
+        self._reserve(number, amounts, known.id, ttl, known.on_expiry)
 
     @rule(number=numbers, refused=impossible_reservations)
     def reserve_invalid(self, number, refused):
@@ -160,11 +165,9 @@ class Histories(RuleBasedStateMachine):
             call = self._reservation(number, {"open-ended": "0.0000001"}, f"many_{serial}_{place}", 61, "release")
             self.pair.both(call.replica, call.make, call.expect)
 
-    @rule(target=ids, number=numbers, names=names_of_a_hold, id=new_ids, data=st.data())
-    def record(self, number, names, id, data):
-        names = [name for name in names if not BY_NAME[name].slots]
-        assume(names)
-        call = self._record(self._replica(number), data.draw(mapping_for(names, zero=True), label="amounts"), id)
+    @rule(target=ids, number=numbers, amounts=spends, id=new_ids)
+    def record(self, number, amounts, id):
+        call = self._record(self._replica(number), amounts, id)
         self.pair.both(call.replica, call.make, call.expect)
         return id
 
@@ -181,29 +184,28 @@ class Histories(RuleBasedStateMachine):
     def some_id(self, id):
         return id
 
-    @rule(number=numbers, id=ids, kind=changes, data=st.data())
-    def change_by_id(self, number, id, kind, data):
-        call = self._change(self._replica(number), id, kind, data)
+    @rule(number=numbers, id=ids, kind=changes, choice=choices, ttl=ttls)
+    def change_by_id(self, number, id, kind, choice, ttl):
+        call = self._change(self._replica(number), id, kind, choice, ttl)
         self.pair.both(call.replica, call.make, call.expect)
 
-    def _change(self, number, id, kind, data) -> Call:
-        return getattr(self, f"_{kind}")(number, id, self._names(id), data)
+    def _change(self, number, id, kind, choice: Choice, ttl) -> Call:
+        return getattr(self, f"_{kind}")(number, id, self._names(id), choice, ttl)
 
-    def _commit(self, number, id, names, data) -> Call:
-        given = self._draw_amounts(data, names)
+    def _commit(self, number, id, names, choice: Choice, _ttl) -> Call:
+        given = choice.amounts(names)
         amounts = amounts_in_units(given, names)
         return Call(number, lambda limiter: limiter.commit(id, given), lambda: self.model.commit(id, amounts))
 
-    def _release(self, number, id, names, data) -> Call:
-        operator = data.draw(st.booleans(), label="operator")
+    def _release(self, number, id, _names, choice: Choice, _ttl) -> Call:
         return Call(
             number,
-            lambda limiter: limiter.release(id, operator=operator),
-            lambda: self.model.release_by_id(id, operator=operator),
+            lambda limiter: limiter.release(id, operator=choice.operator),
+            lambda: self.model.release_by_id(id, operator=choice.operator),
         )
 
-    def _extend(self, number, id, names, data) -> Call:
-        ttl, given = data.draw(ttls, label="ttl"), self._draw_amounts(data, names)
+    def _extend(self, number, id, names, choice: Choice, ttl) -> Call:
+        given = choice.amounts(names)
         accrued = {} if given is None else self.model.spread(names, amounts_in_units(given, names))
         return Call(
             number,
@@ -211,9 +213,8 @@ class Histories(RuleBasedStateMachine):
             lambda: self.model.extend(id, int(ttl * 1000), accrued),
         )
 
-    def _grow(self, number, id, names, data) -> Call:
-        grown = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-        ttl, totals = data.draw(ttls, label="ttl"), data.draw(mapping_for(grown), label="totals")
+    def _grow(self, number, id, names, choice: Choice, ttl) -> Call:
+        totals = choice.totals(names)
         return Call(
             number,
             lambda limiter: limiter.grow(id, totals, ttl=ttl),
@@ -230,35 +231,27 @@ class Histories(RuleBasedStateMachine):
     def reserve_at_once(self, number, batch):
         self.pair.at_once([self._reservation(self._replica(number), *one) for one in batch])
 
-    @rule(data=st.data())
-    def change_at_once(self, data):
+    @rule(wanted=st.lists(st.tuples(kinds, numbers, reservations, choices), min_size=2, max_size=4))
+    def change_at_once(self, wanted):
         """Make concurrent settlements, records, growth and reservations by any replica."""
-        known = [known for known in NEW_IDS if known in self.model.holds]
-        kinds = ["reserve", "record", *(["commit", "release", "extend", "grow"] if known else [])]
         calls = []
-        for kind in data.draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4), label="kinds"):
-            number = self._replica(data.draw(numbers, label="number"))
+        for kind, number, (amounts, known, ttl, policy), choice in wanted:
+            replica = self._replica(number)
             if kind == "reserve":
-                calls.append(self._reservation(number, *data.draw(reservations, label="reservation")))
+                calls.append(self._reservation(replica, amounts, known, ttl, policy))
             elif kind == "record":
-                calls.append(self._record(number, {"agent": data.draw(scalars)}, data.draw(new_ids, label="id")))
-            else:
-                calls.append(self._change(number, data.draw(st.sampled_from(known), label="id"), kind, data))
+                calls.append(self._record(replica, {"agent": choice.usd}, known))
+            elif known in self.model.holds:
+                calls.append(self._change(replica, known, kind, choice, ttl))
         self.pair.at_once(calls)
 
     # -- with the hold object ------------------------------------------------------------------------------------------
 
-    def _mine(self, hold):
-        """The hold object, unless the store has dropped its id and another hold has it now."""
-        worker: Worker = hold[1]
-        known = self.model.holds.get(worker.id)
-        assume(known is None or known.serial == worker.serial)
-        return hold
-
-    @rule(hold=holds, data=st.data())
-    def accrue(self, hold, data):
-        real, worker = self._mine(hold)
-        self._accrue(real, worker, self._draw_amounts(data, list(worker.reserved), none=False))
+    @rule(place=places, choice=choices)
+    def accrue(self, place, choice):
+        if hold := self._hold(place):
+            real, worker = hold
+            self._accrue(real, worker, choice.amounts(worker.reserved, none=False))
 
     def _accrue(self, real, worker: Worker, given) -> None:
         more = self.model.spread(worker.reserved, amounts_in_units(given, worker.reserved))
@@ -270,18 +263,21 @@ class Histories(RuleBasedStateMachine):
             real.accrue(given)
             worker.accrued |= sums
 
-    @rule(hold=holds, ttl=st.one_of(st.none(), ttls))
-    def heartbeat(self, hold, ttl):
-        real, worker = self._mine(hold)
-        ttl_ms = worker.ttl_ms if ttl is None else int(ttl * 1000)
-        reply = self.pair.real(real.extend(ttl))
-        if self._extended(reply, real, worker, lambda: self.model.extend(worker.id, ttl_ms, worker.accrued)):
-            worker.ttl_ms = ttl_ms
+    @rule(place=places, ttl=st.one_of(st.none(), ttls))
+    def heartbeat(self, place, ttl):
+        if hold := self._hold(place):
+            real, worker = hold
+            ttl_ms = worker.ttl_ms if ttl is None else int(ttl * 1000)
+            reply = self.pair.real(real.extend(ttl))
+            if self._extended(reply, real, worker, lambda: self.model.extend(worker.id, ttl_ms, worker.accrued)):
+                worker.ttl_ms = ttl_ms
 
-    @rule(hold=holds, data=st.data())
-    def grow_mine(self, hold, data):
-        real, worker = self._mine(hold)
-        given = self._draw_amounts(data, list(worker.reserved), none=False)
+    @rule(place=places, choice=choices)
+    def grow_mine(self, place, choice):
+        if not (hold := self._hold(place)):
+            return
+        real, worker = hold
+        given = choice.amounts(worker.reserved, none=False)
         more = self.model.spread(worker.reserved, amounts_in_units(given, worker.reserved))
         known = {name: units + more.get(name, 0) for name, units in worker.reserved.items()}
         reply = self.pair.real(real.grow(given))
@@ -299,17 +295,19 @@ class Histories(RuleBasedStateMachine):
         agree(fields(real, ("amounts", "expires_at")), {name: view[name] for name in ("amounts", "expires_at")})
         return True
 
-    @rule(hold=holds, data=st.data())
-    def commit_mine(self, hold, data):
-        real, worker = self._mine(hold)
-        given = self._draw_amounts(data, list(worker.reserved))
-        amounts = amounts_in_units(given, worker.reserved)
-        self.pair.alike(self.pair.real(real.commit(given)), lambda: self.model.commit_mine(worker, amounts))
+    @rule(place=places, choice=choices)
+    def commit_mine(self, place, choice):
+        if hold := self._hold(place):
+            real, worker = hold
+            given = choice.amounts(worker.reserved)
+            amounts = amounts_in_units(given, worker.reserved)
+            self.pair.alike(self.pair.real(real.commit(given)), lambda: self.model.commit_mine(worker, amounts))
 
-    @rule(hold=holds)
-    def release_mine(self, hold):
-        real, worker = self._mine(hold)
-        self.pair.alike(self.pair.real(real.release()), lambda: self.model.release_mine(worker))
+    @rule(place=places)
+    def release_mine(self, place):
+        if hold := self._hold(place):
+            real, worker = hold
+            self.pair.alike(self.pair.real(real.release()), lambda: self.model.release_mine(worker))
 
     @rule(
         number=numbers,

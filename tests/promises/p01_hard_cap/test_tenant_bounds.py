@@ -162,18 +162,24 @@ def commands_of(client, run) -> dict[str, int]:
 
 
 def test_the_first_use_of_a_budget_needs_at_most_eight_more_commands_if_20000_budgets_exist(server):
-    with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20, max_budgets=1_000_000) as limiter:
-        limiter.record("agent", "0.01")
-        few = commands_of(client, lambda: limiter.record("free", 1))
+    with server.client() as client:
+
+        def first_use(name: str) -> dict[str, int]:
+            budgets = [Budget(name, "1")]
+            with BudgetLimiter(server.url, budgets, timeout=20, max_budgets=1_000_000) as limiter:
+                return commands_of(client, lambda: limiter.record(name, "0.01"))
+
+        first_use("agent")
+        # The fewest of three: a slow store may receive a request twice.
+        few = min(sum(first_use(f"few/{number}").values()) for number in range(3))
         pipeline = client.pipeline(transaction=False)
         for number in range(20_000):
-            pipeline.hset(limiter.keys.budgets, f"w:user/{number}", "ever")
-            pipeline.zadd(limiter.keys.expiries, {f"user/{number}": "inf"})
+            pipeline.hset("ktrdr:{default}:budgets", f"w:user/{number}", "ever")
+            pipeline.zadd("ktrdr:{default}:budgets:expiry", {f"user/{number}": "inf"})
         pipeline.execute()
-        with BudgetLimiter(server.url, [Budget("new", "1")], timeout=20, max_budgets=1_000_000) as other:
-            many = commands_of(client, lambda: other.record("new", "0.01"))
-        assert "hgetall" not in many
-        assert sum(many.values()) <= sum(few.values()) + 8
+        many = [first_use(f"many/{number}") for number in range(3)]
+        assert not any("hgetall" in each for each in many)
+        assert min(sum(each.values()) for each in many) <= few + 8
 
 
 def test_a_write_never_reads_a_whole_hash_even_after_50000_replicas(server):

@@ -111,7 +111,7 @@ class Server:
                     time.sleep(0.005)
 
     def pause(self) -> None:
-        """Stop the process: it accepts connections without replies, until :meth:`resume`."""
+        """Stop the process until :meth:`resume`: clients can connect, but receive no replies."""
         assert self.process is not None
         is_away(self.url)
         self.process.send_signal(signal.SIGSTOP)
@@ -259,7 +259,7 @@ def libfaketime() -> Path | None:
 
 @dataclass
 class ClockedServer(Server):
-    """A real server whose wall clock the test sets; it applies to scripts and expiry, not to the server's timeouts.
+    """A real server with a wall clock that the test sets: for scripts and expiry, not for the timeouts of the server.
 
     The clock runs unless it is frozen. Each change returns once it is in effect.
     """

@@ -1,4 +1,4 @@
-"""P11 on live data: wrong counters are found, and concurrent writers cause no false alarm."""
+"""The audit of a store in use: it finds wrong counters, and concurrent writers cause no false alarm (P11)."""
 
 from __future__ import annotations
 

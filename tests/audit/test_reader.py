@@ -1,4 +1,4 @@
-"""The audit's reader: one window at one instant, and the sums of its ledger, continued from the last snapshot."""
+"""The reader of the audit: it reads a window at one instant, and only those ledger entries that it has not read yet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_charge_of_an_expired_hold_is_unconfirmed_until_a_correction_is_adde
     assert (ledger.unconfirmed, ledger.total) == (3, 7)
 
 
-def test_a_summary_of_seven_trimmed_entries_counts_as_seven_entries_and_no_events():
+def test_a_summary_of_seven_trimmed_entries_counts_as_seven_entries_but_as_no_spend_event():
     ledger = ledger_of(entry(50, "carried", "7"), entry(3))
     assert (ledger.number, ledger.total, ledger.events, ledger.carried) == (8, 53, 1, True)
 
@@ -101,7 +101,7 @@ def audited() -> Iterator[Audited]:
         yield made
 
 
-def test_the_counters_in_a_snapshot_equal_the_sums_of_ledger_replicas_and_holds(audited):
+def test_the_counters_in_a_snapshot_agree_with_the_ledger_and_the_replica_subtotals_and_the_holds(audited):
     snapshot = audited.reader.snapshot(*audited.window)
     assert (snapshot.spent, snapshot.held, snapshot.events) == (to_units("0.10"), to_units("0.15"), 1)
     assert snapshot.ledger.total == snapshot.replica_subtotals == snapshot.spent

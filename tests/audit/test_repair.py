@@ -300,10 +300,10 @@ def test_a_repair_removes_index_entries_without_a_matching_hold(server, client, 
     assert auditor.repair().index_changes == []
 
 
-def test_a_repair_subtracts_the_amount_of_a_hold_without_a_record_from_the_held_amount(
+def test_if_a_hold_has_lost_its_record_a_repair_subtracts_its_amount_from_the_held_amount(
     server, client, auditor, limiter
 ):
-    """The worker's commit fails, and the worker records the spend instead."""
+    """The worker can no longer commit the hold, so it records its spend instead."""
     fill(limiter)
     hold = limiter.reserve("agent", "0.40", id="gone")
     client.delete("ktrdr:{default}:h:gone")

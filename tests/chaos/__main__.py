@@ -18,7 +18,7 @@ SHOWN_MAX = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the selected rows; the exit code is 1 if a promise was broken."""
+    """Run the selected faults of the table; the exit code is 1 if a promise was broken."""
     given = _parser().parse_args(arguments)
     if libfaketime() is None:
         print("chaos: libfaketime is not installed (Debian: apt-get install faketime)", file=sys.stderr)
@@ -50,14 +50,14 @@ def _run(row: Row, seed: int, seconds: float, keep: Path | None, quick: bool) ->
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Real servers, real faults.")
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Provoke faults on real servers.")
     names = [row.name for row in ROWS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=f"of: {', '.join(names)}")
     parser.add_argument("--seed", type=int, default=1, help="seed of the replicas' work and of the faults (default 1)")
-    parser.add_argument("--seconds", type=float, help="duration of the faults of each row (default: that of the row)")
-    parser.add_argument("--short", action="store_true", help="run the short form of `make test`")
+    parser.add_argument("--seconds", type=float, help="how long each row provokes its fault (default: set by the row)")
+    parser.add_argument("--short", action="store_true", help="run the rows as briefly as `make test` does")
     parser.add_argument("--markdown", action="store_true", help="write the table in docs/reliability.md")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep histories and logs there (a short path)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep histories and logs in DIR (a short path)")
     return parser
 
 

@@ -29,7 +29,7 @@ from .judge import Terms, Verdict, judge
 TIMEOUT_S = 1.0
 GRANTS_MIN = 20
 READ_EACH_S = 0.1
-"""Interval between two reads of the histories, which take time from the proxies of this process."""
+"""Interval between two reads of the histories. A read takes processor time from the proxies in this process."""
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 CLOCKS = ("", "+26h", "-26h")
 _UNREACHABLE = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
@@ -37,16 +37,16 @@ _UNREACHABLE = (redis.RedisError, redis.exceptions.RedisClusterException, OSErro
 
 @dataclass(frozen=True)
 class Row:
-    """One fault of the table."""
+    """One row of the table in ``docs/reliability.md``: a fault, and what must hold."""
 
     name: str
     fault: str
-    """Cell of the table, like ``must_hold``."""
+    """Text of the column ``fault``; ``must_hold`` is the text of the next column."""
     must_hold: str
     run: Callable[[Bench], None]
     seconds: float
     short_s: float = 0.0
-    """Duration of its short form; 0: none, because other rows have similar faults."""
+    """Duration in ``make test``; 0 if the row does not run there, because other rows have similar faults."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Bench:
     """The tools of a row: it starts servers and replicas, and counts faults.
 
     Args:
-        directory: for servers, sockets and histories; short, for the sake of sockets.
+        directory: for servers, sockets and histories; its path must be short, because paths of sockets are limited.
         quick: fewer calls, so that several runs can share the machine.
     """
 
@@ -111,7 +111,7 @@ class Bench:
         self.leaves = True
         """Whether some callers abandon their holds."""
         self.closes_first = False
-        """Whether replicas end before the last hold is due, because they keep extending the chunks of their leases."""
+        """Whether replicas close before all holds have expired, because an open lease keeps extending its chunks."""
         made = [Budget(**spec) for spec in self.budgets]
         self.terms = Terms({budget.name: budget.limit_units for budget in made}, TIMEOUT_S)
         if quick:
@@ -119,7 +119,7 @@ class Bench:
         self.untouched: tuple[str, ...] = ()
         """Tenants on servers without a fault: each of their calls has a reply."""
         self.losses_expected: bool | None = False
-        """Whether the store loses data; ``None``: undetermined."""
+        """Whether the store loses data; ``None`` if that is uncertain."""
         self.spenders: list[Worker] = []
         self._generations = 0
         self._limiter_options: dict[str, Any] = {}
@@ -151,7 +151,7 @@ class Bench:
         return server
 
     def clock_environment(self) -> dict[str, str]:
-        """The same clock for groups of servers, which take longer to start."""
+        """Environment of a group of servers whose clock shows midnight in the middle of the run."""
         offset_s = self._put_midnight(after_s=3.0)
         return {**_faked(f"+{offset_s:.3f}"), "LD_PRELOAD": f"{libfaketime()}:libc.so.6", "TZ": "UTC"}
 
@@ -168,11 +168,11 @@ class Bench:
         return self._opened.enter_context(context)
 
     def spend(self, url: str, connect: Callable[[], Any], **limiter_options: Any) -> None:
-        """Start the replicas, and the time of the run.
+        """Start the replicas; the duration of the run counts from now.
 
         Args:
             connect: makes a client for reads of the raw keys.
-            limiter_options: of each limiter.
+            limiter_options: options of each limiter.
         """
         self.url, self._connect, self._limiter_options = url, connect, limiter_options
         for clock in self.clocks:
@@ -209,7 +209,7 @@ class Bench:
         return place
 
     def wait_spending(self) -> None:
-        """Wait until each replica has an acknowledged call that can be lost."""
+        """Wait until the store has acknowledged a call of each replica, so that a fault can lose data."""
 
         def all_have() -> bool:
             return len({call.replica for call in read(self.histories) if call.acknowledged}) >= len(self.spenders)
@@ -222,9 +222,9 @@ class Bench:
         spender.kill()
 
     def turns(self, least_s: float, most_s: float) -> Iterator[float]:
-        """Yield the seconds left, at random moments until the end of the run, and until a fault was provoked.
+        """Yield the seconds left at random moments until the run ends; the run lasts at least until there was a fault.
 
-        Every replica spends before the first moment, so that each fault meets a load on a slow machine, too.
+        Every replica has spent before the first moment, so that each fault occurs under load even on a slow machine.
         """
         self.wait_spending()
         self.last(2 * most_s)
@@ -234,7 +234,7 @@ class Bench:
                 yield left
 
     def _left_s(self, until_fault_s: float) -> float:
-        """Seconds until the end of the run; without a fault so far, at least ``until_fault_s``."""
+        """Seconds until the end of the run; at least ``until_fault_s`` if no fault was provoked yet."""
         left_s = self._ends - time.monotonic()
         if self.figures.faults:
             return left_s
@@ -242,7 +242,7 @@ class Bench:
         return max(left_s, until_fault_s)
 
     def last(self, least_s: float) -> None:
-        """Extend the run, so that at least this time is left: on a busy machine, it may be over already."""
+        """Extend the run if less than this time is left, as it may be on a busy machine."""
         self._ends = max(self._ends, time.monotonic() + least_s)
 
     def fault(self, count: int = 1) -> None:
@@ -293,7 +293,7 @@ class Bench:
         return self.figures
 
     def _wait_expired(self) -> None:
-        """Wait until no hold is open: those of killed and of absent callers have expired."""
+        """Wait until no hold is open, because the abandoned holds have expired."""
         made = [Budget(**spec) for spec in self.budgets]
         limiters = [BudgetLimiter(self.url, made, tenant=tenant, timeout=20.0) for tenant in self.tenants]
 

@@ -28,13 +28,13 @@ class Call:
     """``reserve``, ``extend``, ``grow``, ``commit``, ``release`` or ``record``."""
     tenant: str
     id: str | None
-    """``None``: the limiter generates it, and no reply has shown it."""
+    """``None`` if the limiter generated the id and no reply contained it."""
     requested: dict[str, int]
     began_ns: int
     ttl_ms: int = 0
     policy: str = "charge"
     ended_ns: int | None = None
-    """``None``: the replica was killed before it had written an outcome."""
+    """``None`` if the replica was killed before it wrote the outcome."""
     outcome: str = "killed"
     amounts: dict[str, int] = field(default_factory=dict)
     windows: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def acknowledged(self) -> bool:
-        """Whether the caller received a confirmation: of this call, or of an earlier one with its id."""
+        """Whether the caller received a confirmation of this call or of an earlier call with the same id."""
         return self.outcome in ACKNOWLEDGED
 
     @property
@@ -146,7 +146,7 @@ class IdHistory:
 
     @property
     def unguarded(self) -> bool:
-        """Whether policy ``allow`` granted it, so that the store may lack the hold."""
+        """Whether policy ``allow`` granted the hold; the store may then lack it."""
         return any(call.outcome == "unguarded" for call in self.calls)
 
     def settling_since(self) -> float:
@@ -166,8 +166,8 @@ def histories_by_id(calls: Iterable[Call]) -> dict[str, IdHistory]:
 def split_drawn(calls: list[Call], stored: Container[str]) -> tuple[list[Call], dict[str, IdHistory]]:
     """Separate the calls that the store decided from those about holds that were drawn from leases.
 
-    From the draw on, calls of that replica with this id apply to the drawn hold. The store may also have granted
-    the reservation and released it again: the outcome of that request is unknown.
+    Once a replica has drawn a hold, its calls with the id of the hold apply to the drawn hold. The store may also have
+    granted the reservation and released it again, so the outcome of that request is unknown.
 
     Args:
         stored: ids that the store has.
@@ -217,7 +217,7 @@ class Stored:
     policy: str
     segments: list[Segment]
     operation: str = ""
-    """Its label."""
+    """The label ``operation`` of the hold."""
 
     @property
     def is_chunk(self) -> bool:
@@ -226,17 +226,17 @@ class Stored:
 
     @property
     def is_tombstone(self) -> bool:
-        """Whether it was released without a reservation, which may still be in flight."""
+        """Whether the id was released before its reservation arrived; the reservation may still be in flight."""
         return self.state == "released" and not any(segment.reserved for segment in self.segments)
 
 
 @dataclass
 class Books:
-    """The contents of the store for one tenant; windows by ``budget:window``."""
+    """The contents of the store for one tenant; the keys of ``sums`` and ``entered`` are ``budget:window``."""
 
     sums: dict[str, Counter[str]] = field(default_factory=dict)
     entered: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """Per window, the sum of ledger entries of each id; ``-``: a replayed total."""
+    """Per window, the sum of the ledger entries of each id; totals that a replica replayed have the id ``-``."""
     holds: dict[str, Stored] = field(default_factory=dict)
     immortal: list[str] = field(default_factory=list)
     """Keys that should have an expiry and have none."""
@@ -270,7 +270,7 @@ _PAGE = 1000
 
 
 def _public(window: str) -> str:
-    """The public name of a window, without the fingerprint of its definition; ids contain no `~`."""
+    """The public name of a window, which lacks the fingerprint of its definition; an id is returned as it is."""
     return window.partition("~")[0]
 
 

@@ -31,7 +31,7 @@ class Terms:
     timeout_s: float
     slots: frozenset[str] = frozenset({"jobs"})
     tolerance_s: float = 0.5
-    """Accepted lateness of a call as its caller measures it: replicas share the machine's cores."""
+    """Accepted lateness of a call in its caller's measurement, because the replicas share the cores of the machine."""
     lateness_max_s: float = 0.25
     """Accepted lateness without the stalls of the process."""
     steady_clock: bool = True
@@ -41,7 +41,7 @@ class Terms:
     excess_max: int = 0
     """Units that may be granted above a limit because the store had lost data."""
     prepaid_units: int = 0
-    """Units of each budget that the leases of all replicas keep at most: counted by the store without a call."""
+    """The most units of each budget that all leases together prepay; the store counts them, but no call shows them."""
     refusals: tuple[str, ...] = ()
     """Errors that this fault explains, besides an unreachable store."""
 
@@ -55,7 +55,7 @@ class Verdict:
     spend: int = 0
     """Nano-dollars, over all windows."""
     overspend: int = 0
-    """The largest excess of a grant over a limit, by the units that certainly counted at its decision."""
+    """The largest excess over a limit after a grant; only units that certainly counted at the decision are included."""
     late: int = 0
     """Units committed after the hold had been released on expiry: a fact that no limit refuses (P2)."""
     lost: int = 0
@@ -147,7 +147,7 @@ def _check_unrequested_ids(
 def _check_windows_around_midnight(
     histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict
 ) -> None:
-    """P8, P4: grants before midnight by the store's clock use the window of the first day, later ones the next."""
+    """P8, P4: grants before midnight of the store use the first day's window, and later grants use the next window."""
     if terms.midnight_ns is None:
         return
     days = sorted({window for name in books.sums if (window := name.rpartition(":")[2]) != "ever"})
@@ -182,7 +182,7 @@ class _Sums:
 
 
 class _Covering:
-    """Sums of the units of all intervals that cover another one; queries are sorted by begin."""
+    """Returns the sum of the units of all intervals that cover a given interval; calls must be sorted by its begin."""
 
     def __init__(self, intervals: list[tuple[float, float, int]]) -> None:
         self._waiting = sorted(intervals, reverse=True)
@@ -213,7 +213,7 @@ def _windows(history: IdHistory, books: Books) -> dict[str, str]:
 
 
 def _check_grants(histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict) -> None:
-    """P1: each grant fits, together with the units that certainly counted at its decision."""
+    """P1: the units of each grant and the units that certainly counted at its decision do not exceed the limit."""
     intervals: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     grants: dict[str, list[tuple[Call, int]]] = defaultdict(list)
     for history in histories.values():
@@ -327,7 +327,7 @@ def _compare_with_model(histories: dict[str, IdHistory], books: Books, verdict: 
 def _check_chunks(drawn: dict[str, IdHistory], histories: dict[str, IdHistory], books: Books, verdict: Verdict) -> None:
     """Chunks, and records of late commits, have charged exactly the spend of all drawn holds.
 
-    An open hold is charged in full at the latest when its limiter is closed.
+    A hold without an acknowledged settlement is charged at most its whole amount.
     """
     charged, least, most = Counter[str](), Counter[str](), Counter[str]()
     for name, window in books.entered.items():
@@ -383,7 +383,7 @@ def _check_stored(model: Reference, history: IdHistory, stored: Stored, verdict:
 
 
 def _check_outcome(model: Reference, call: Call, stored: Stored, names: dict[str, str], verdict: Verdict) -> None:
-    """The outcome of a settlement equals that of its retry in the model: a replay, or a conflict."""
+    """Compare the outcome of a settlement with the same settlement in the model, which replays it or refuses it."""
     if call.name not in ("commit", "release") or call.outcome not in (*ACKNOWLEDGED, "HoldConflict"):
         return
     if call.name == "release" and call.outcome == "deferred":

@@ -17,7 +17,7 @@ def _behind_a_line(bench: Bench, *options: str, start: bool = True) -> tuple[Thr
 
 
 def replies_are_lost(bench: Bench) -> None:
-    """A fifth of all requests, or of their replies after execution, is dropped; callers and replicas resend them."""
+    """A fifth of all calls loses the request, or the reply after execution; callers and replicas repeat such calls."""
     line, server = _behind_a_line(bench)
     chance = random.Random(bench.figures.seed)
     line.proxy.fate = lambda: chance.choice(("request", "reply", "reply", *(None,) * 12))

@@ -12,7 +12,7 @@ import redis
 from .bench import DURABLE, Bench, Row
 
 RECOVERS_S = 3.5
-"""The store grants nothing for 3 s after a loss; there is some work before the next one."""
+"""Pause after a data loss: the store grants nothing for 3 s, and then grants again before the next loss."""
 
 
 def everything_is_flushed(bench: Bench) -> None:

@@ -23,10 +23,10 @@ HEADINGS = (
 
 
 def table(runs: Iterable[Figures], when: str, before: str = "") -> str:
-    """The table in Markdown: the rows of these runs, and the others from the table ``before``.
+    """The table in Markdown: these runs replace their own rows of the table ``before``; its other rows stay.
 
     Args:
-        when: date and commit of these runs, the last column of their rows.
+        when: date and commit of these runs, for the column ``run`` of their rows.
     """
     columns = _line(HEADINGS).count("|")
     rows = [line for line in before.splitlines() if "| `" in line and line.count("|") == columns]
@@ -104,7 +104,7 @@ def _commit() -> str:
 
 
 def rewrite(path: Path, runs: Sequence[Figures], when: str, seconds: float) -> None:
-    """Replace the table between the two markers of a document; other rows than those of these runs stay.
+    """Replace the rows of these runs in the table between the two markers of a document; all other rows stay.
 
     Args:
         when: the result of :func:`now` before the runs.

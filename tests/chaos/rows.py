@@ -1,4 +1,4 @@
-"""The whole table."""
+"""All faults of the chaos bench, in the order of the table in ``docs/reliability.md``."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def the_disk_is_full(bench: Bench) -> None:
 
 
 def _server_that_ignores_sigxfsz(directory: Path) -> str:
-    """A start script of the server: a write above the limit of the file size fails, and does not kill the process."""
+    """A script that starts the server so that a write above the file size limit fails, but does not kill the server."""
     script = directory / "server"
     script.write_text(f"#!/bin/sh\ntrap '' XFSZ\nexec '{valkey_binary()}' \"$@\"\n")
     script.chmod(0o755)

@@ -264,7 +264,7 @@ def test_the_judge_accepts_a_denial_if_prepaid_chunks_may_have_filled_the_window
     assert case.judged().violations == ["'f' was denied {'team': 61} although there was room"]
 
 
-def test_if_the_reservation_of_a_chunk_did_not_arrive_the_judge_accepts_an_empty_released_hold():
+def test_the_judge_accepts_a_chunk_released_with_amount_zero_if_its_reservation_did_not_arrive():
     case = DrawnCase(15)
     case.books.holds["chunk-2"] = make_record("r", 0, 0)
     assert case.judged().violations == []

@@ -1,4 +1,4 @@
-"""The line and the table of a run, and the document with the last one."""
+"""The line of a run on the terminal, the table of all runs, and the document that contains the table."""
 
 from __future__ import annotations
 

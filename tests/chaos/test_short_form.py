@@ -1,4 +1,4 @@
-"""A few seconds of most rows of the chaos bench; `make chaos` runs all of it, for minutes."""
+"""The short form of the chaos bench: most rows, some seconds each; `make chaos` runs all rows for minutes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .bench import GRANTS_MIN, Figures, Row, play
 from .rows import ROWS
 
 SHORT = sorted((row for row in ROWS if row.short_s), key=lambda row: -row.short_s)
-"""The longest first, so that it does not run alone at the end."""
+"""The longest row is first, so that it does not run alone at the end."""
 AT_ONCE = 5
 """More runs than cores, because a run mostly waits for timeouts, deadlines and repairs."""
 
@@ -24,7 +24,7 @@ Runs = dict[str, Future[Figures]]
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, start_clocked_server: object
 ) -> Iterator[Runs]:
-    """The runs of all selected rows, in flight."""
+    """Start a run of each selected row; a test awaits the result of its row."""
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     selected = {words["row"].name for words in params if isinstance(words.get("row"), Row)}
     with ThreadPoolExecutor(AT_ONCE) as pool:

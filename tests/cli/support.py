@@ -214,7 +214,7 @@ class FakeService:
         return f"http://127.0.0.1:{self.port}"
 
     def answer(self, call: str, document: Any = None, status: int = 200) -> None:
-        """Set a reply: JSON, raw text, or a function of the request that returns the status and either."""
+        """Set the reply to a call: a document, raw bytes, or a function from the request to a status and a document."""
         self.answers[call] = document if callable(document) or isinstance(document, bytes) else (status, document)
 
 
@@ -279,7 +279,7 @@ class Terminal:
         self.text = ""
 
     def read_until(self, condition: Callable[[str], bool], timeout_s: float = 60.0) -> str:
-        """Read until the condition holds for all output so far; return it."""
+        """Read until the condition holds for all output so far; return that output."""
         ends = time.monotonic() + timeout_s
         while not condition(self.text):
             assert time.monotonic() < ends, f"not shown in time: {self.text[-500:]!r}"

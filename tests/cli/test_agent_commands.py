@@ -60,7 +60,7 @@ def test_agent_budget_shows_held_and_unconfirmed_amounts_on_separate_lines(ktrdr
     ]
 
 
-def test_after_a_data_loss_the_time_until_which_no_cycle_starts_is_shown(ktrdr: Run, service: FakeService) -> None:
+def test_agent_budget_shows_when_cycles_can_start_again_after_a_data_loss(ktrdr: Run, service: FakeService) -> None:
     last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
     assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 
@@ -283,7 +283,7 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str, int]:
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_writes_one_json_line_per_refresh(service: FakeService) -> None:
+def test_in_a_pipe_the_options_watch_and_json_write_one_line_per_refresh(service: FakeService) -> None:
     spending(service)
     process = watching("--json")
     assert process.stdout is not None
@@ -294,7 +294,7 @@ def test_watch_into_a_pipe_writes_one_json_line_per_refresh(service: FakeService
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_prints_the_text_form_at_each_refresh(service: FakeService) -> None:
+def test_in_a_pipe_the_option_watch_prints_the_text_form_at_each_refresh(service: FakeService) -> None:
     process = watching()
     wait_until(lambda: len(service.requests) >= 4)
     out, err, code = end(process)
@@ -304,7 +304,7 @@ def test_watch_into_a_pipe_prints_the_text_form_at_each_refresh(service: FakeSer
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_reports_an_outage_on_stderr(service: FakeService) -> None:
+def test_in_a_pipe_the_option_watch_reports_an_outage_on_stderr(service: FakeService) -> None:
     process = watching("--json")
     assert process.stdout is not None
     assert process.stderr is not None

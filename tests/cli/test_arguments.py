@@ -95,7 +95,7 @@ def test_a_limit_cannot_end_at_a_time_without_a_timezone(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 0.1, 2.0, 86_400])
-def test_a_duration_may_be_absent_or_from_the_minimum_to_one_day(value: Any) -> None:
+def test_an_absent_duration_and_durations_from_the_minimum_to_one_day_are_accepted(value: Any) -> None:
     assert validate_seconds(0.1)(CONTEXT, PARAMETER, value) == value
 
 

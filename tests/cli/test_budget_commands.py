@@ -45,7 +45,7 @@ LEDGER = "GET /api/v1/budgets/agent/ledger"
 # --- list and show --------------------------------------------------------------------------------
 
 
-def test_the_command_list_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_list_command_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET, CYCLES]})
     assert ktrdr("budget", "list").stdout == (
         "NAME    WINDOW      UNIT        LIMIT  SPENT   HELD  UNCONFIRMED  REMAINING  RESETS AT\n"
@@ -54,14 +54,14 @@ def test_the_command_list_prints_an_aligned_table(ktrdr: Run, service: FakeServi
     )
 
 
-def test_the_command_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) -> None:
+def test_the_list_command_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [RUNTIME]})
     lines = ktrdr("budget", "list").stdout.splitlines()
     assert " $10.00* " in lines[1]
     assert lines[2] == "* set at run time"
 
 
-def test_the_command_list_shows_unknown_if_the_figures_of_a_budget_cannot_be_read(
+def test_the_list_command_shows_unknown_if_the_figures_of_a_budget_cannot_be_read(
     ktrdr: Run, service: FakeService
 ) -> None:
     unavailable = [{"budget": "team", "detail": "budget 'team' has another definition"}]
@@ -75,7 +75,7 @@ def test_the_command_list_shows_unknown_if_the_figures_of_a_budget_cannot_be_rea
     assert (result.exit_code, json.loads(result.stdout)["unavailable"]) == (1, unavailable)
 
 
-def test_the_command_list_prints_a_message_if_there_are_no_budgets(ktrdr: Run, service: FakeService) -> None:
+def test_the_list_command_prints_a_message_if_there_are_no_budgets(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": []})
     assert ktrdr("budget", "list").stdout == "No budgets.\n"
 
@@ -125,7 +125,7 @@ def test_a_table_wider_than_the_terminal_is_printed_as_one_block_per_row(
         assert lines.count("") == 1  # between the blocks
 
 
-def test_the_command_show_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -> None:
+def test_the_show_command_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", BUDGET)
     assert ktrdr("budget", "show", "agent").stdout == (
         "Budget:        agent\n"
@@ -143,13 +143,15 @@ def test_the_command_show_prints_all_figures_of_a_budget(ktrdr: Run, service: Fa
     )
 
 
-def test_after_a_data_loss_the_time_until_which_nothing_is_admitted_is_shown(ktrdr: Run, service: FakeService) -> None:
+def test_the_show_command_prints_the_end_of_the_recovery_after_a_data_loss(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {**BUDGET, "recovering_until": "2026-11-23T12:00:03Z"})
     last = ktrdr("budget", "show", "agent").stdout.splitlines()[-1]
     assert last == "Recovering:    the store lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
 
 
-def test_the_command_show_prints_that_an_unlimited_slots_budget_never_resets(ktrdr: Run, service: FakeService) -> None:
+def test_the_show_command_prints_unlimited_and_never_for_an_unlimited_slots_budget(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer("GET /api/v1/budgets/cycles", CYCLES)
     text = ktrdr("budget", "show", "cycles").stdout
     assert "Window:        ever (ever, UTC, slots)\n" in text
@@ -177,7 +179,7 @@ def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None
 # --- Definitions ----------------------------------------------------------------------------------
 
 
-def test_the_command_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: FakeService) -> None:
+def test_the_migrate_command_prints_the_old_and_the_new_definition(ktrdr: Run, service: FakeService) -> None:
     before, after = (f"unit usd, period {period}, timezone UTC, kind spend" for period in ("week", "day"))
     answer = {"budget": "agent", "before": before, "after": after, "limit_cleared": False}
     service.answer("POST /api/v1/budgets/agent/migrate", answer)
@@ -205,7 +207,7 @@ def test_the_command_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, s
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
     ],
 )
-def test_the_command_set_limit_sends_the_limit_and_the_end_of_the_limit(
+def test_the_set_limit_command_sends_the_limit_and_the_end_of_the_limit(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", RUNTIME)
@@ -215,21 +217,21 @@ def test_the_command_set_limit_sends_the_limit_and_the_end_of_the_limit(
     assert "Limit:         $10.00 (set at run time; configured: $5.00)\n" in result.stdout
 
 
-def test_the_command_set_limit_prints_until_when_the_limit_applies(ktrdr: Run, service: FakeService) -> None:
+def test_the_set_limit_command_prints_the_end_of_the_limit(ktrdr: Run, service: FakeService) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", {**RUNTIME, "limit_until": "2026-11-24T00:00:00Z"})
     text = ktrdr("budget", "set-limit", "agent", "10", "--until", "window").stdout
     assert "Limit:         $10.00 (set at run time until 2026-11-24T00:00:00Z; configured: $5.00)\n" in text
 
 
 @pytest.mark.parametrize("until", ["tomorrow", "2026-11-24", "2026-11-24T00:00:00", ""])
-def test_the_command_set_limit_rejects_a_time_without_a_timezone(ktrdr: Run, service: FakeService, until: str) -> None:
+def test_the_set_limit_command_rejects_a_time_without_a_timezone(ktrdr: Run, service: FakeService, until: str) -> None:
     result = ktrdr("budget", "set-limit", "agent", "10", "--until", until)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert service.requests == []
 
 
-def test_the_command_set_limit_reports_a_usage_error_if_the_service_rejects_the_limit(
+def test_the_set_limit_command_reports_a_usage_error_if_the_service_rejects_the_limit(
     ktrdr: Run, service: FakeService
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", *reversed(problem(422, "Invalid", "amount is not a number: 'x'")))
@@ -237,7 +239,7 @@ def test_the_command_set_limit_reports_a_usage_error_if_the_service_rejects_the_
     assert (result.exit_code, result.stderr) == (2, "ktrdr: amount is not a number: 'x'\n")
 
 
-def test_the_command_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeService) -> None:
+def test_the_clear_limit_command_restores_the_configured_limit(ktrdr: Run, service: FakeService) -> None:
     service.answer("DELETE /api/v1/budgets/agent/limit", BUDGET)
     result = ktrdr("budget", "clear-limit", "agent")
     assert result.exit_code == 0
@@ -248,7 +250,7 @@ def test_the_command_clear_limit_restores_the_configured_limit(ktrdr: Run, servi
 # --- Pages ----------------------------------------------------------------------------------------
 
 
-def test_the_command_holds_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_holds_command_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     expired = {**HOLD, "id": "op_22", "state": "unconfirmed", "charged": {"agent": "0.15"}, "operation": ""}
     many = {**HOLD, "amounts": {"cycles": 1, "agent": "0.15"}}
     service.answer(HOLDS, {"holds": [many, expired], "next_cursor": None})
@@ -259,7 +261,7 @@ def test_the_command_holds_prints_an_aligned_table(ktrdr: Run, service: FakeServ
     )
 
 
-def test_the_command_ledger_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_ledger_command_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     correction = {**ENTRY, "kind": "correction", "amount": "-0.08", "operation": "", "trace_id": "abc"}
     service.answer(LEDGER, {"entries": [correction, ENTRY], "next_cursor": None})
     assert ktrdr("budget", "ledger", "agent").stdout == (
@@ -292,7 +294,7 @@ def test_a_message_is_printed_if_there_are_no_holds_or_no_ledger_entries(
     assert ktrdr("budget", command, "agent").stdout == none
 
 
-def test_the_command_ledger_sends_the_options_window_and_limit_and_cursor(ktrdr: Run, service: FakeService) -> None:
+def test_the_ledger_command_sends_the_given_window_and_page_size_and_cursor(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{LEDGER}?window=2026-11-23T10Z&limit=5&cursor=1-0", {"entries": [], "next_cursor": None})
     result = ktrdr("budget", "ledger", "agent", "--window", "2026-11-23T10Z", "--limit", "5", "--cursor", "1-0")
     assert result.exit_code == 0, result.stderr
@@ -325,7 +327,7 @@ def test_the_option_all_prints_all_pages_as_one_json_document(ktrdr: Run, servic
 
 
 def trimmed_meanwhile(service: FakeService) -> list[dict[str, Any]]:
-    """Two pages, of which the second begins again with the newest entry."""
+    """Reply with two pages: the ledger is trimmed after the first, so the second starts again at the newest entry."""
     entries = [{**ENTRY, "entry_id": entry_id} for entry_id in ("9", "10", "")]
     query = f"{LEDGER}?limit=1000"
     service.answer(query, {"entries": entries[:1], "next_cursor": "9", "trimmed": False})

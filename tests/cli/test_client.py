@@ -165,7 +165,7 @@ KEY_HINTS = [
 
 
 @pytest.mark.parametrize(("status", "words", "hint"), KEY_HINTS)
-def test_if_the_service_rejects_a_key_the_error_advises_which_variable_to_set(
+def test_the_error_for_a_rejected_key_names_the_variable_to_set_if_another_key_can_help(
     ktrdr: Run, service: FakeService, status: int, words: tuple[str, ...], hint: str
 ) -> None:
     refused = problem(status, "Refused", "not with this key")[1]

@@ -311,7 +311,7 @@ def test_status_with_watch_shows_each_change_of_a_cycle(
 
 
 @pytest.mark.parametrize(("status", "title"), [("cancelled", "Cancelled"), ("cancelling", "Cancelling")])
-def test_the_command_cancel_shows_the_message_of_the_service(
+def test_the_cancel_command_shows_the_message_of_the_service(
     ktrdr: Run, service: FakeService, status: str, title: str
 ) -> None:
     reply = {"operation_id": "op_1", "status": status, "message": "it stops\nsoon"}
@@ -333,7 +333,7 @@ def test_a_refused_cancellation_is_reported_in_one_line_with_exit_code_1(
         assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"ktrdr: {detail}\n")
 
 
-def test_the_command_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: FakeService) -> None:
+def test_the_cancel_command_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: FakeService) -> None:
     reply = {"operation_id": "a/b@c", "status": "cancelled", "message": "done"}
     service.answer("DELETE /api/v1/agent/cancel/a%2Fb%40c", reply)
     assert ktrdr("agent", "cancel", "a/b@c").exit_code == 0
@@ -342,7 +342,7 @@ def test_the_command_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Ru
 # --- cycles ---------------------------------------------------------------------------------------
 
 
-def test_the_command_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_cycles_command_prints_a_table(ktrdr: Run, service: FakeService) -> None:
     found = [
         cycle(operation_id="op_3", status="cancelling"),
         cycle(operation_id="op_2", **GATED),
@@ -361,12 +361,12 @@ def test_the_command_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> 
     ]
 
 
-def test_the_command_cycles_prints_a_message_if_there_are_no_cycles(ktrdr: Run, service: FakeService) -> None:
+def test_the_cycles_command_prints_a_message_if_there_are_no_cycles(ktrdr: Run, service: FakeService) -> None:
     service.answer(CYCLES, {"cycles": [], "next_cursor": None})
     assert ktrdr("agent", "cycles").stdout == "No cycles.\n"
 
 
-def test_the_command_cycles_prints_a_single_page_unless_all_pages_are_requested(
+def test_the_cycles_command_prints_a_single_page_unless_all_pages_are_requested(
     ktrdr: Run, service: FakeService
 ) -> None:
     service.answer(f"{CYCLES}?limit=1", {"cycles": [cycle(operation_id="op_2")], "next_cursor": "c1"})

@@ -14,7 +14,7 @@ FAILED = {"gate": "training", "passed": False, "reason": "accuracy 0.41 is below
 
 
 def cycle(**changes: Any) -> dict[str, Any]:
-    """A cycle that is being trained."""
+    """A cycle in its phase ``training``."""
     return {
         "operation_id": "op_1",
         "status": "running",
@@ -83,7 +83,7 @@ def test_a_later_state_of_a_cycle_keeps_all_earlier_milestones() -> None:
     ]
 
 
-def test_the_picture_marks_each_phase_as_done_or_running_or_pending() -> None:
+def test_the_picture_of_a_cycle_marks_each_phase_as_done_or_running_or_pending() -> None:
     running = picture(cycle()).splitlines()
     assert [line.split()[:2] for line in running[1:-1]] == [
         ["✓", "designing"],
@@ -95,7 +95,7 @@ def test_the_picture_marks_each_phase_as_done_or_running_or_pending() -> None:
 
 
 @pytest.mark.parametrize(("outcome", "mark"), [("failed", "✗"), ("completed", "✓")])
-def test_the_picture_marks_the_last_phase_of_an_ended_cycle_as_failed_or_completed(outcome: str, mark: str) -> None:
+def test_the_picture_of_an_ended_cycle_marks_the_last_phase_as_failed_or_completed(outcome: str, mark: str) -> None:
     drawn = picture(cycle(status=outcome, outcome=outcome, gates=[FAILED])).splitlines()
     assert drawn[2] == f"  {mark} training     gate failed"
 

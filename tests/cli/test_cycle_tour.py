@@ -127,7 +127,7 @@ def test_the_commands_report_a_denied_cycle_and_an_outage_of_the_store(
 
 
 def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
-    """The denial; a replica with so short a timeout may report an outage on a busy machine."""
+    """Return the ended process if it was denied; else ``None``, because a short timeout may look like an outage."""
     return ended if ended.returncode == 3 else None
 
 

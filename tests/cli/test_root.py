@@ -120,7 +120,7 @@ def test_an_unexpected_error_is_reported_in_one_line_without_a_traceback(
 
 
 def host(url: str | None) -> click.Group:
-    """A foreign command line with its own object in the context."""
+    """A different Click application that contains the commands and sets its own context object."""
 
     @click.group()
     @click.pass_context
@@ -134,7 +134,7 @@ def host(url: str | None) -> click.Group:
     return theirs
 
 
-def test_the_command_groups_work_inside_another_click_application(
+def test_inside_another_click_application_the_command_groups_work_as_usual(
     service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     assert CliRunner().invoke(host(None), ["agent", "budget"]).stdout.startswith("Agent Budget Status\n")
@@ -257,7 +257,7 @@ def test_non_ascii_characters_are_escaped_if_the_output_is_ascii(process: Proces
 
 
 @pytest.mark.parametrize("options", [("--port", "x"), ("--port", "65536"), ("--workers", "0")])
-def test_the_command_serve_rejects_invalid_ports_and_invalid_numbers_of_workers(
+def test_the_serve_command_rejects_invalid_ports_and_invalid_numbers_of_workers(
     ktrdr: Run, options: tuple[str, ...]
 ) -> None:
     assert ktrdr("serve", *options).exit_code == 2
@@ -270,7 +270,7 @@ def without_server_extra(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-def test_the_command_serve_names_the_packages_to_install_if_the_server_packages_are_missing(
+def test_the_serve_command_names_the_packages_to_install_if_the_server_packages_are_missing(
     process: Process, without_server_extra: dict[str, str]
 ) -> None:
     ended = process("serve", env=without_server_extra)

@@ -59,7 +59,7 @@ def asked(*replies: Any) -> Any:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The intervals that a watch waited."""
+    """Replaces sleep; returns the list of the intervals that a watch would have slept."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     return waited

@@ -88,13 +88,13 @@ def test_each_call_without_an_id_sends_a_new_generated_id(
         (("agent=0.07", "cycles=1"), {"amounts": {"agent": "0.07", "cycles": "1"}}),
     ],
 )
-def test_the_command_commit_accepts_no_amount_or_one_amount_or_an_amount_per_budget(
+def test_the_commit_command_accepts_no_amount_and_one_amount_and_an_amount_for_each_budget(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     assert sent(ktrdr, service, "commit", "op_1", *words) == body
 
 
-def test_the_command_record_sends_the_name_of_the_operation(ktrdr: Run, service: FakeService) -> None:
+def test_the_record_command_sends_the_name_of_the_operation(ktrdr: Run, service: FakeService) -> None:
     assert sent(ktrdr, service, "record", "agent", "0.02", "--operation", "import")["operation"] == "import"
 
 
@@ -120,12 +120,12 @@ def test_a_reservation_over_several_budgets_shows_each_amount_in_its_unit(ktrdr:
     assert "op_1: agent $0.15, cycles 1; expires" in ktrdr("budget", "reserve", "agent=0.15", "cycles=1").stdout
 
 
-def test_the_command_reserve_prints_the_state_of_a_replayed_reservation(ktrdr: Run, service: FakeService) -> None:
+def test_the_reserve_command_prints_the_state_of_a_replayed_reservation(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {**HOLD, "state": "committed", "replayed": True}, 200)
     assert ktrdr("budget", "reserve", "agent", "0.15").stdout == "Replayed op_1: agent $0.15; committed\n"
 
 
-def test_the_command_commit_prints_notes_on_a_replay_and_an_overrun_and_a_late_settlement(
+def test_the_commit_command_prints_one_note_each_for_a_replay_an_overrun_and_a_late_settlement(
     ktrdr: Run, service: FakeService
 ) -> None:
     special = {**SETTLED, "replayed": True, "overrun": True, "late": True}

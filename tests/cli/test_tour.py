@@ -75,7 +75,7 @@ def serving(environment: pytest.MonkeyPatch, log: Path) -> Iterator[int]:
 
 @pytest.fixture
 def served(data_dir: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The service on an embedded server that ends with it."""
+    """Run the service on an embedded server, which ends when the service ends."""
     with serving(environment, tmp_path / "log"):
         yield data_dir
     wait_until(lambda: embedded.find(data_dir) is None)
@@ -83,7 +83,7 @@ def served(data_dir: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 @pytest.fixture
 def tour(served: Path, process: Process) -> Callable[..., str]:
-    """Run a command with the expected exit code; return its stdout, or its stderr."""
+    """Run a command and check its exit code; return its stdout, or its stderr if an error is expected."""
 
     def run(*words: str, code: int = 0) -> str:
         ended = process(*words)
@@ -178,7 +178,7 @@ def test_the_commands_work_against_a_real_service(tour: Callable[..., str], envi
 
 
 @pytest.mark.slow
-def test_the_command_serve_rejects_an_invalid_setting_in_one_line(
+def test_the_serve_command_rejects_an_invalid_setting_in_one_line(
     data_dir: Path, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("AGENT_DAILY_BUDGET", "a lot")
@@ -213,7 +213,7 @@ def test_the_commands_report_an_outage_of_the_store(
         assert "Today's Spend: $0.25\n" in process("agent", "budget").stdout
 
 
-def test_the_command_serve_reports_a_port_in_use_in_one_line(
+def test_the_serve_command_reports_a_port_in_use_in_one_line(
     service: FakeService, data_dir: Path, process: Process
 ) -> None:
     ended = process("serve", "--port", str(service.port))

@@ -285,7 +285,7 @@ def watching(store: Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
-    """Return the lines up to the first one with this part."""
+    """Return all lines up to the first line that contains this part."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

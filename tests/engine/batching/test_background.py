@@ -1,4 +1,4 @@
-"""Requests and tasks that belong to no call, and the one check of replies to reads (P13)."""
+"""Requests and tasks that belong to no call, and the check that the reply to each read must pass (P13)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Store:
         self.deadlines_s: list[float] = []
 
     async def open(self) -> None:
-        """It is open."""
+        """Do nothing: this store is always open."""
 
     async def apply(self, script, keys, args, deadline_s):
         self.deadlines_s.append(deadline_s)
@@ -78,7 +78,7 @@ async def test_a_batch_has_the_timeout_of_the_limiter_unless_a_shorter_timeout_i
         ("ERR BOOM", False),
     ],
 )
-def test_an_error_about_memory_login_permissions_or_schema_concerns_the_whole_store(message, everything):
+def test_an_error_concerns_the_whole_store_if_its_cause_is_memory_login_permissions_or_schema(message, everything):
     assert refuses_everything(StoreError(message)) is everything
 
 

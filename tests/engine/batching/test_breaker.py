@@ -1,4 +1,4 @@
-"""The circuit breaker: an outage costs one call its deadline, later calls fail at once, and probes close it (P12)."""
+"""The circuit breaker: the first call of an outage opens it, later calls fail at once, and a probe closes it (P12)."""
 
 from __future__ import annotations
 

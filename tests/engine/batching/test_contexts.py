@@ -1,4 +1,4 @@
-"""A batch is sent in the context of one of its callers, as an instrumentation of the driver needs."""
+"""A batch is sent in the context of one of its callers, because instrumented drivers read the context."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUDGETS = [Budget("agent", limit="100")]
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The caller in the context of each batch, and its arguments; a task sends each, as with instrumented clients."""
+    """The caller in the context of each batch, and the arguments; tasks send the batches, as with instrumentation."""
     found: list[tuple[str, str]] = []
     apply = Store.apply
 

@@ -25,7 +25,7 @@ class Limiter:
 
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names of a copy of the module; ``in_child`` is what it runs in a forked child."""
+    """The names of a copy of the module ``fork``; its hook for a forked child is under ``in_child``."""
     hooks: dict[str, Callable[[], None]] = {}
     monkeypatch.setattr(os, "register_at_fork", lambda **given: hooks.update(given))
     names = runpy.run_path(str(fork_module.__file__))

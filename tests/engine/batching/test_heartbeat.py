@@ -1,4 +1,4 @@
-"""The heartbeats of a block: when they are sent, and what ends them."""
+"""The heartbeats of a hold in a ``with`` block: when they are sent, and what ends them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_stopping_the_heartbeats_cancels_the_next_heartbeat(dispatcher, hold):
 
 @pytest.mark.parametrize("error", [HoldConflict("settled"), StoreUnavailable("no reply")])
 def test_if_a_heartbeat_fails_after_the_heartbeats_were_stopped_nothing_is_logged(dispatcher, hold, caplog, error):
-    """The settlement may have come first."""
+    """The hold may have been settled before the heartbeat arrived."""
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     heartbeat.stop()

@@ -23,11 +23,11 @@ from ...helpers.waiting import until
 
 TOKENS = Budget("tokens", 1000, unit="tokens")
 AGAIN = Restored(False)
-"""The store had it already."""
+"""Reply to a replayed record that the store still has."""
 
 
 class Replica:
-    """A replica with a limit of run time, a settlement and an open hold in its journal, and its repair."""
+    """A replica and its repair; its journal has a limit set at run time, a settlement and an open hold."""
 
     def __init__(self, *replies: Any, with_journal: bool = True) -> None:
         self.context = call_context(TOKENS)
@@ -132,7 +132,7 @@ async def test_one_repair_runs_at_a_time():
     assert (await replica.repaired()).sent == WHOLE
 
 
-async def test_after_a_missing_reply_the_error_is_reported_and_the_journal_is_sent_again():
+async def test_if_a_replay_gets_no_reply_the_error_is_reported_and_the_whole_journal_is_sent_again():
     error = StoreUnavailable("no reply")
     replica = await Replica(error, *REPLIES).repaired()
     assert replica.sent == [LIMITS_AND_SETTLEMENTS, *WHOLE]
@@ -228,7 +228,7 @@ async def test_a_closed_replica_or_a_replica_under_repair_sends_no_probe():
     assert (replica.sent, replica.background.tasks) == (WHOLE, set())
 
 
-async def test_after_every_second_probe_a_replica_checks_if_other_replicas_have_settled_its_holds():
+async def test_a_replica_checks_after_each_pair_of_probes_if_other_replicas_have_settled_its_holds():
     replica = Replica([], [], found([None]))
     replica.state.set_clock((NOW_MS + 60_000) * 1000, 0)
     replica.background.bind(asyncio.get_running_loop())

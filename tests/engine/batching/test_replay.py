@@ -115,7 +115,7 @@ class Replica:
     [(commit(), ["settlement"]), (RECORD, ["settlement"]), (reservation(), ["look up"]), (heartbeat(7), [])],
 )
 def test_after_a_lost_reply_settlements_and_reservations_are_queued_but_heartbeats_are_not(request_, kinds):
-    """A heartbeat is not: the next one has larger totals."""
+    """A heartbeat is not queued, because the next heartbeat sends the same totals or larger ones."""
     replica = Replica()
     replica.replayer.resolve_later(request_)
     assert replica.kinds == kinds
@@ -134,9 +134,7 @@ def test_after_a_lost_reply_settlements_and_reservations_are_queued_but_heartbea
         (Command(None, [], []), True, []),
     ],
 )
-def test_a_failed_report_of_spend_is_queued_and_a_possible_grant_is_released_if_the_caller_is_gone(
-    request_, executed, kinds
-):
+def test_if_the_caller_is_gone_reports_of_spend_and_releases_of_possible_grants_are_queued(request_, executed, kinds):
     replica = Replica()
     replica.replayer.take_over(request_, maybe_executed=executed)
     assert replica.kinds == kinds
@@ -156,7 +154,7 @@ def test_a_queued_heartbeat_only_reports_spend_and_a_queued_record_is_marked_as_
 # -- the order ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_replay_reads_holds_for_settlements_by_id_first_and_looks_up_reservations_last():
+async def test_a_replay_first_reads_the_holds_of_settlements_by_id_and_finally_looks_up_reservations():
     record = hold_record(CONTEXT, tokens=40).render()
     replica = Replica(found([record]), [Settled((7,)), Settled((0,))], found([None]))
     replica.add(reservation("r1", "c"), "look up").add(by_id("b"), "by id").add(release(), "release")
@@ -234,7 +232,7 @@ async def test_a_large_outbox_is_sent_in_several_batches():
 
 @pytest.mark.parametrize(("age_ms", "sent"), [(AGE_MAX_MS + 60_000, 0), (AGE_MAX_MS - 60_000, 1)])
 async def test_a_request_that_may_have_been_executed_long_ago_is_dropped_with_an_error(caplog, age_ms, sent):
-    """The store may have dropped its id, and would count it twice."""
+    """The store may have dropped the id, and would then count the request twice."""
     replica = await Replica([Settled((7,))]).add(commit(), "settlement", NOW_US - age_ms * 1000).drain()
     assert (len(replica.background.sent), len(errors_of(caplog)), len(replica.outbox)) == (sent, 1 - sent, 0)
 
@@ -260,7 +258,7 @@ async def test_a_queued_settlement_by_id_is_dropped_with_an_error_if_the_hold_is
     assert (replica.outcomes, errors_of(caplog)) == ({"absent": 1}, ["spend of a not recorded: unknown hold"])
 
 
-async def test_a_replay_reports_to_observers_only_commits_of_this_replica_with_unknown_outcome():
+async def test_observers_receive_a_replayed_commit_only_if_its_outcome_was_unknown_and_this_replica_made_it():
     ours, others = Settled((7,)), Settled((7,), replayed=True, replica="other")
     replica = Replica([ours, others, Settled((0,)), ours]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     replica.add(commit("deferred"), "deferred").add(release("c"), "settlement")
@@ -341,7 +339,7 @@ async def test_while_the_store_is_unreachable_the_outbox_is_sent_again_at_growin
 
 
 @pytest.mark.parametrize("obstacle", ["nothing", "breaker", "repair", "end"])
-def test_the_outbox_is_scheduled_once_but_not_during_an_outage_or_repair_or_after_the_end(obstacle):
+def test_one_replay_is_scheduled_but_none_during_an_outage_or_a_repair_or_after_the_replayer_has_ended(obstacle):
     replica, loop = Replica(), asyncio.new_event_loop()
     timers: list[float] = []
     loop.call_later = lambda delay_s, callback: timers.append(delay_s) or object()

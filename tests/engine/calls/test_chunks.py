@@ -1,4 +1,4 @@
-"""The calls of leases: a chunk is an ordinary hold, reserved by the store only, and settled even without it."""
+"""The calls of leases: a chunk is a hold that only the store can reserve; in an outage, its settlement is queued."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def context() -> CallContext:
         ({"tokens": 40, "agent": 1}, None, [("tokens", 40), ("agent", 1_000_000_000)]),
     ],
 )
-def test_amounts_become_whole_units_of_each_budget_in_the_order_that_the_caller_gave(context, budget, amount, wanted):
+def test_amounts_become_whole_units_of_each_budget_in_the_order_of_the_caller(context, budget, amount, wanted):
     assert context.wanted(budget, amount) == wanted
 
 
@@ -55,7 +55,7 @@ def test_amounts_with_an_unknown_budget_or_with_a_missing_or_invalid_value_are_r
         context.wanted(budget, amount)
 
 
-def test_an_amount_of_zero_is_accepted_only_if_positive_is_false(context):
+def test_an_amount_of_zero_is_accepted_only_if_the_argument_positive_is_false(context):
     assert context.wanted("agent", 0, positive=False) == [("agent", 0)]
     with pytest.raises(InvalidAmount):
         context.wanted("agent", 0)
@@ -86,7 +86,7 @@ def test_a_hold_past_its_deadline_is_retired_and_read_again(context):
 
 
 def test_if_a_hold_cannot_be_retired_the_second_read_of_the_hold_is_returned(context):
-    """For example, its retirement failed; the caller receives the hold as it is."""
+    """The caller then receives the open hold."""
     due = hold_record(context, agent=5, due=True)
     assert drive(context.read_hold("a"), found(due.render()), RETIRED, found(due.render())).result == due
 

@@ -179,7 +179,7 @@ def test_only_a_heartbeat_by_id_with_a_ttl_can_move_the_deadline_earlier(context
     assert (view.id, view.amounts) == ("a", {"tokens": 40})
 
 
-def test_if_the_read_of_a_heartbeat_by_id_gets_no_reply_the_accrued_amount_can_be_reported_later(context):
+def test_if_the_hold_of_a_heartbeat_by_id_cannot_be_read_the_accrued_amount_can_be_reported_later(context):
     record = hold_record(context, tokens=40)
     [read], _ = drive(extend_by_id(context, "a", 5, {"tokens": 7}), NO_REPLY, raises=StoreUnavailable)
     kept = read.prepares.complete(record)
@@ -188,7 +188,7 @@ def test_if_the_read_of_a_heartbeat_by_id_gets_no_reply_the_accrued_amount_can_b
     assert read.prepares is None
 
 
-def test_growth_by_id_sends_the_new_total_of_each_grown_budget(context):
+def test_growth_by_id_sends_new_totals_only_for_the_budgets_that_grow(context):
     record = found(hold_record(context, agent=500, tokens=40).render())
     requests, view = drive(grow_by_id(context, "a", {"tokens": 60}, 5), record, extended(context, agent=500, tokens=60))
     assert requests[1].amounts == [ExtendAmount(), ExtendAmount(reserved=60)]

@@ -1,4 +1,4 @@
-"""Limits of run time, and migrations: the order of their requests, and what the caller receives."""
+"""Limits set at run time, and migrations: the order of their requests, and what the caller receives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def context() -> CallContext:
 
 
 def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_later_status(context):
-    """The first read sets the store's clock, by which ``until`` may be in the past."""
+    """The first read brings the time of the store, so that an ``until`` in the past can be refused."""
     after = answer_status(runtime=f"2000000000 0 {CHANGED}")
     requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)
     assert [type(request) for request in requests] == [Read, Command, Read]
@@ -104,7 +104,7 @@ def test_a_migration_replaces_the_registered_definition_only_if_the_definitions_
     assert (migration.before, migration.after) == (registered.identity, AGENT.identity)
 
 
-def test_the_log_of_the_first_registered_definition_shows_none_as_the_previous_definition(caplog):
+def test_the_log_line_of_a_migration_shows_none_if_no_definition_was_registered_before(caplog):
     endless = Budget("agent", "5.00", period="ever")
     requests, migration = drive(migrate(call_context(endless), "agent"), found(None), "")
     assert (migration.before, migration.limit_cleared, requests[1].args[4]) == (None, False, 0)
@@ -120,7 +120,7 @@ def test_a_migration_is_repeated_if_the_registered_definition_changes_meanwhile(
 
 
 @pytest.mark.parametrize(("unit", "drops"), [("usd", 0), ("tokens", 1)])
-def test_a_migration_to_a_different_unit_clears_the_run_time_limit(context, unit, drops):
+def test_a_migration_to_a_different_unit_clears_the_limit_set_at_run_time(context, unit, drops):
     registered = Budget("agent", 5, unit=unit, period="hour").definition
     requests, _ = drive(migrate(context, "agent"), found(registered), "")
     assert requests[1].args[-1] == drops

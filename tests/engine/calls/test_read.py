@@ -54,7 +54,7 @@ def test_a_status_is_returned_even_if_a_due_hold_cannot_be_retired(context):
 
 
 def test_a_status_is_returned_after_64_reads_even_if_more_holds_are_due(context):
-    """More may become due meanwhile."""
+    """More holds may become due during each read."""
     rounds = [(answer_status(due=(f"h{number}",)), found([None]), RETIRED) for number in range(63)]
     replies = [reply for each in rounds for reply in each]
     assert drive(status(context, ["tokens"]), *replies, answer_status(due=("h63",), held=40)).result[0].held == 40
@@ -78,7 +78,7 @@ def test_only_a_complete_status_waits_for_the_replay_of_lost_data(context):
     assert (read.while_recovering, complete.while_recovering) == ("answers", "waits")
 
 
-def test_a_run_time_limit_shown_by_a_status_is_journalled(context):
+def test_if_a_status_shows_a_limit_set_at_run_time_the_limit_is_journalled(context):
     drive(status(context, ["tokens"]), answer_status(runtime=f"2000 0 {NOW_MS}000"))
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.budget, replayed.limit) == ("tokens", 2000)

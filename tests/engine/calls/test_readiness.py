@@ -14,7 +14,7 @@ from ...helpers.calls import NOT_SENT, call_context, drive, found
 
 NOEVICTION, LRU = "maxmemory_policy:noeviction", "used_memory:1\r\nmaxmemory_policy:allkeys-lru\r\n"
 WRITTEN = ""
-"""The reply to an empty batch, which is not read."""
+"""The reply to an empty batch; the check ignores the text of the reply."""
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_if_growth_is_denied_in_a_budget_unknown_to_this_limiter_the_figures_are
 
 
 def denied(context, name="tokens", **figures) -> Denied:
-    """A denial because other holds have the room; the first deadline of any hold is in five seconds."""
+    """A denial caused by the amounts of other holds; the first deadline of any hold is in five seconds."""
     amounts = {"spent": 0, "held": 990, "unconfirmed": 0, "requested": 40, "first_deadline_ms": NOW_MS + 5 * SECOND}
     return Denied(context.state.current_window(name).name, 1000, **(amounts | figures))
 
@@ -131,7 +131,7 @@ def record(context, seconds, **units) -> str:
 
 
 def test_a_denied_caller_may_retry_when_the_first_hold_in_the_same_window_expires(context):
-    """The first deadline that the store replies with may be of a hold of another budget."""
+    """The first deadline in the store's reply may belong to a hold of another budget."""
     holds = found(["b", "c"]), found([record(context, 5, agent=1), record(context, 20, tokens=990)])
     requests, error = drive(refusal(context, reservation(context), denied(context), NOW_US), *holds)
     assert len(requests) == 2
@@ -182,7 +182,7 @@ def test_if_only_holds_of_other_windows_are_found_retry_after_is_the_end_of_the_
     assert error.retry_after == seconds
 
 
-def test_in_a_window_without_end_retry_after_is_the_last_of_128_deadlines_of_other_windows(context):
+def test_retry_after_in_a_window_without_end_is_the_last_deadline_of_the_128_holds_that_were_read(context):
     names = [f"h{number}" for number in range(128)]
     holds = found(names), found([record(context, 1 + number, agent=1) for number in range(128)])
     error = drive(refusal(context, reservation(context, "total"), denied(context, "total"), NOW_US), *holds).result

@@ -93,7 +93,7 @@ def test_a_granted_hold_is_journalled_with_a_deadline_by_the_clock_of_the_store(
 
 
 def test_a_reservation_sends_a_new_request_name_only_if_the_caller_chose_the_id(context):
-    """The id that the limiter generates belongs to one request; others may use the caller's id as well."""
+    """A generated id belongs to one request, but several requests may use an id that the caller chose."""
     [generated], _ = drive(reservation(context), GRANTED)
     [first], _ = drive(reservation(context, id="op_1"), GRANTED)
     [second], _ = drive(reservation(context, id="op_1"), GRANTED)
@@ -142,7 +142,7 @@ def test_if_the_window_of_a_reservation_has_ended_the_reservation_is_repeated_in
 def test_a_repeated_reservation_returns_the_hold_of_the_first_reservation(
     context, of_this_request, unreceived, is_replay
 ):
-    """Not as a replay if an attempt of the same request was granted: then the caller receives it for the first time."""
+    """It is no replay if an earlier attempt of this request was granted: the caller has not received the hold yet."""
 
     def replayed(request):
         name = request.request if of_this_request else "first"

@@ -77,7 +77,7 @@ def test_a_denied_caller_may_retry_when_a_hold_expires_or_the_window_ends(window
     assert denial(window, Denied("", 1000, **(amounts | figures)), NOW_US, "tokens").retry_after == seconds
 
 
-def test_if_an_uncapped_budget_denies_a_request_the_limit_shown_is_the_largest_exact_sum():
+def test_a_denial_by_an_uncapped_budget_shows_the_largest_exact_sum_as_the_limit():
     denied = denial(WINDOW, Denied("", None, MAX_UNITS - 1, 0, 0, 5, 0), NOW_US, "tokens")
     assert (denied.limit, denied.reason, denied.fits) == (MAX_UNITS - 1, "budget_exhausted", 0)
 
@@ -107,7 +107,7 @@ def test_the_error_for_a_refused_release_describes_the_state_of_the_hold(state, 
     ("op", "obeys"), [(Extend("a", "k", [], [], 1, "0"), True), (RecordSpend("a", "k", []), False)]
 )
 def test_only_the_error_of_a_heartbeat_shows_that_an_operator_released_the_hold(op: Operation, obeys):
-    """Its worker stops, and can still commit its cost."""
+    """The worker of the hold stops, and can still commit the cost."""
     record = hold_record(CONTEXT, RELEASED_BY_OPERATOR, agent=1)
     assert conflict_error(op, record, CONTEXT.state.budgets).released_by_operator is obeys
 
@@ -156,17 +156,17 @@ def test_a_status_shows_the_configured_limit_of_the_replica_that_started_last(ch
 
 
 @pytest.mark.parametrize(("until_ms", "limit"), [(0, 9), (NOW_MS + 1, 9), (NOW_MS, 1000)])
-def test_a_run_time_limit_applies_until_its_end(until_ms, limit):
+def test_a_limit_set_at_run_time_applies_until_its_end(until_ms, limit):
     now = status(FIGURES._replace(runtime=RuntimeLimit(9, until_ms)))
     assert (now.limit, now.limit_until) == (limit, from_ms(until_ms) if until_ms > NOW_MS else None)
 
 
-def test_a_status_shows_how_long_lost_data_may_still_be_replayed():
+def test_a_status_shows_the_end_of_the_recovery_after_a_data_loss():
     assert status(FIGURES).recovering_until is None
     assert status(FIGURES, repaired_ms=NOW_MS + 3000).recovering_until == from_ms(NOW_MS + 3000)
 
 
-def test_a_status_of_dollars_has_exact_amounts():
+def test_the_status_of_a_dollar_budget_has_exact_amounts():
     figures = FIGURES._replace(spent=10**9 // 2, held=1)
     now = status_of(AGENT, CONTEXT.state.current_window("agent"), figures, NOW_US, 0, MINE)
     assert (now.spent, now.held, now.remaining) == (Decimal("0.5"), Decimal("0.000000001"), Decimal("4.499999999"))

@@ -81,7 +81,7 @@ def test_the_result_of_a_commit_shows_if_the_commit_was_late_replayed_or_over_th
 
 
 def test_a_commit_takes_the_fast_path_only_if_the_hold_is_unchanged_and_has_no_remark(context):
-    """The fast path compares the record in the store with the one that was granted."""
+    """The fast path compares the record in the store with the record at the grant."""
     unchanged, extended, noted = (granted_hold(context, hold_id, agent=CENT) for hold_id in "abc")
     extended.update(hold_record(context, agent=CENT))
     noted.note("gpt")
@@ -190,7 +190,7 @@ CHARGED_ACCRUED = [CommitAmount(CommitMode.ACCRUED, 7 * CENT)]
 def test_the_end_of_a_block_settles_or_reports_the_hold_depending_on_accruals_and_failure(
     context, accrued, drawn, failed, on_error, expected
 ):
-    """Nothing is sent (``None``), or a report (``Extend``), if the hold is left to its expiry and charged then."""
+    """With ``None`` or ``Extend``, the hold is charged later, at its expiry; ``Extend`` reports the accrued amount."""
     hold = granted_hold(context, agent=25 * CENT)
     hold.drawn = {"agent": 0} if drawn else {}
     if accrued is not None:
@@ -251,13 +251,13 @@ def test_a_commit_by_id_first_reads_the_hold_and_then_commits_in_the_windows_of_
 
 
 @pytest.mark.parametrize(("by_operator", "mode"), [(False, ReleaseMode.BY_ID), (True, ReleaseMode.BY_OPERATOR)])
-def test_a_release_by_id_shows_if_an_operator_releases_the_hold(context, by_operator, mode):
+def test_the_request_of_a_release_by_id_shows_if_an_operator_releases_the_hold(context, by_operator, mode):
     known = found(hold_record(context, agent=CENT).render())
     flow = settle_by_id(context, "a", None, released=True, by_operator=by_operator)
     assert drive(flow, known, RELEASED_NOW).requests[1].mode is mode
 
 
-def test_if_the_read_of_a_settlement_by_id_gets_no_reply_the_settlement_can_be_completed_later(context):
+def test_if_the_hold_of_a_settlement_by_id_cannot_be_read_the_settlement_can_be_completed_later(context):
     requests, _ = drive(settle_by_id(context, "a", "0.07"), NO_REPLY, raises=StoreUnavailable)
     fact = requests[0].prepares
     assert fact.complete(hold_record(context, agent=25 * CENT)).units == (7 * CENT,)
@@ -278,7 +278,7 @@ def test_if_the_store_refuses_a_settlement_by_id_the_settlement_is_not_deferred(
 
 
 def test_different_settlements_by_id_have_different_contents(context):
-    """The outbox queues equal ones once."""
+    """The outbox queues settlements with equal contents only once."""
     flows = (
         settle_by_id(context, "a", "0.07"),
         settle_by_id(context, "a", "0.08"),

@@ -191,7 +191,7 @@ def test_invalid_amounts_are_refused(amount):
 
 
 def test_a_float_amount_is_converted_through_its_repr_and_a_decimal_amount_is_used_exactly():
-    """The Decimal that equals the float 0.1 exactly is a little more than 0.1, and rounds up."""
+    """The float 0.1 is a little more than 0.1: its exact value as a Decimal is rounded up, but its repr is 0.1."""
     chunks = chunks_at([0], 10**9)
     exactly = Decimal.from_float(0.1)
     chunks.spend(exactly)

@@ -1,4 +1,4 @@
-"""A lease and its chunks: when one is requested, how it lives, and how its spend is committed."""
+"""A lease: when it requests a chunk, how long a chunk can be used, and how the spend of a chunk is committed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ TTL_S = 60
 
 
 class Store:
-    """Provides the calls of leases on an event loop whose clock the test sets; it has so many tokens left.
+    """Provides the calls of leases on an event loop whose clock the test sets; ``left`` tokens can be reserved.
 
-    Requests end at once: with the error of :attr:`errors`, if it has one of their name.
+    Each request ends at once; it fails if :attr:`errors` has an error under the name of the request.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Store:
         self.left = 1000
         self.errors: dict[str, Exception] = {}
         self.is_silent = self.is_closed = False
-        """Whether requests receive no reply; whether the limiter is closed."""
+        """``is_silent``: requests receive no reply. ``is_closed``: the limiter is closed."""
         self.requests: list[tuple[Any, ...]] = []
         self.now_s = 0.0
         self.loop = asyncio.new_event_loop()
@@ -222,7 +222,7 @@ def test_if_a_refused_amount_is_larger_than_a_chunk_the_next_chunk_has_the_whole
 
 
 @pytest.mark.parametrize(("needed", "grows"), [(130, True), (131, False)])
-def test_the_current_chunk_grows_by_the_last_units_of_a_budget_if_the_grown_chunk_suffices(store, needed, grows):
+def test_a_chunk_grows_by_the_last_units_of_a_budget_only_if_it_then_covers_the_refused_amount(store, needed, grows):
     lease = opened(store, low_water=0)
     store.left = 30
     with pytest.raises(BudgetExceeded):
@@ -243,7 +243,7 @@ def test_if_growing_a_chunk_fails_because_the_chunk_is_settled_its_spend_is_stil
 @pytest.mark.parametrize(
     ("error", "logged"), [(InvalidArgument("other definition"), True), (NOT_SENT, False), (None, False)]
 )
-def test_if_a_request_for_a_chunk_fails_the_error_is_logged_except_outages_and_denials(store, caplog, error, logged):
+def test_a_failed_request_for_a_chunk_is_logged_unless_the_cause_is_an_outage_or_a_denial(store, caplog, error, logged):
     lease = opened(store)
     store.left, store.errors = 0, {"reserve": error} if error else {}
     lease.spend(51)
@@ -372,7 +372,7 @@ def test_a_chunk_is_settled_after_the_end_of_its_window_even_if_the_lease_is_not
 
 
 def test_an_overrun_of_a_chunk_is_committed_at_once(store):
-    """The store must have it, because other replicas can spend what seems to be left."""
+    """Until the commit, other replicas can spend the units of the overrun, because the store does not count them."""
     lease = opened(store)
     lease.reserve(100).commit(130)
     assert ("settle", 130) in store.turn()

@@ -37,7 +37,7 @@ def test_an_offline_hold_is_found_by_id_and_its_deadline_follows_the_clock_of_th
 
 
 def test_the_commit_of_an_offline_hold_writes_the_hold_and_its_spend_to_the_store(context):
-    """The store may have the hold, from a request whose reply was lost, or not."""
+    """The store has the hold only if the reservation was executed and its reply was lost."""
     op = context.policy.settle(offline_hold(context, tokens=40, jobs=1), exact(7, 1), "gpt")
     assert isinstance(op, Restore)
     record = parse_record(op.text)

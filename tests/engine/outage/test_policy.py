@@ -56,7 +56,7 @@ def test_a_deferred_settlement_is_queued_and_its_caller_receives_the_result(cont
 
 @pytest.mark.parametrize("ambiguous", [False, True])
 def test_if_a_deferred_settlement_may_have_been_executed_the_time_of_its_attempt_is_kept(context, ambiguous):
-    """A day later, the store has dropped its id, and a second execution would count twice."""
+    """A day later, the store has dropped the id of the settlement, and would count a second execution."""
     context.policy.defer(commit(context), ambiguous=ambiguous)
     [entry] = context.outbox
     assert (entry.maybe_executed_us is None) is not ambiguous
@@ -72,7 +72,7 @@ def test_if_a_full_outbox_drops_a_deferred_settlement_an_error_is_logged(context
 
 
 @pytest.mark.parametrize(("request_name", "mode"), [("", ReleaseMode.FINAL), ("r1", ReleaseMode.UNRECEIVED)])
-def test_releasing_an_undelivered_grant_leaves_an_id_chosen_by_the_caller_usable(context, request_name, mode):
+def test_an_id_chosen_by_the_caller_stays_usable_after_its_undelivered_grant_is_released(context, request_name, mode):
     window = context.state.current_window("agent")
     release = release_unreceived("a", "key", iter([window]), request_name)
     assert (release.mode, release.request, list(release.windows)) == (mode, request_name, [window])

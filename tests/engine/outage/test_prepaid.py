@@ -31,7 +31,8 @@ SECOND = 1_000
 class CountingStore:
     """Grants, grows and settles chunks in whole units, and provides the calls of leases.
 
-    ``reach`` is what happens to a call: it is executed (``there``), it is not (``away``), or its reply is lost.
+    ``reach`` decides what happens to a call: ``there`` executes it, ``away`` does not, and ``reply lost`` executes it
+    but drops the reply.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class CountingStore:
         self.elsewhere = dict.fromkeys(NAMES, 0)
         self.settled: set[str] = set()
         self.later: list[Callable[[], None]] = []
-        """Requests of the outbox."""
+        """Requests that are sent when the store replies again."""
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class CountingStore:
         return max(units, total)
 
     def commit(self, hold_id: str, spent: int) -> None:
-        """Commit a hold; a repeated commit, or one of a hold that was never granted, changes nothing."""
+        """Commit a hold; a repeated commit changes nothing, nor does the commit of a hold that was never granted."""
         name, _ = self.held.pop(hold_id, ("", 0))
         self.settled.add(hold_id)
         if name:
@@ -150,7 +151,7 @@ class CountingStore:
 
 
 class Replica:
-    """The policy of one replica, with what it has granted and spent."""
+    """Policy `lease` of one replica, and the sums of what the replica has granted and spent."""
 
     def __init__(self) -> None:
         self.store = CountingStore()
@@ -164,11 +165,11 @@ class Replica:
         self.policy.begin()
         self.holds: list[HoldBase] = []
         self.spent = dict.fromkeys(NAMES, 0)
-        """Settled against a chunk."""
+        """Units settled while their grant was open."""
         self.beyond = dict.fromkeys(NAMES, 0)
-        """Spent above a grant, or after its end: facts that nothing covers until the store has them."""
+        """Units spent above a grant or after its end; no chunk covers them until the store has counted them."""
         self.late = dict.fromkeys(NAMES, 0)
-        """Spent by holds that had given their money back."""
+        """Units spent by a hold after its grant had ended."""
         self.turn()
 
     def turn(self, wait_ms: int = 0) -> None:

@@ -13,7 +13,7 @@ from ktrdr_budget.engine.protocol.operations import CommitAmount
 
 FLAGS = {"agent": "u", "team": "u", "tokens": "n", "jobs": "s"}
 CENT = 10_000_000
-"""In whole units, nano-dollars."""
+"""One cent in nano-dollars, the whole units of dollar budgets."""
 
 
 # -- before the budgets are known --------------------------------------------------------------------------------------

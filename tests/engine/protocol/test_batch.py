@@ -1,4 +1,4 @@
-"""A batch: state and windows that are sent once for all its operations, and the reply to it."""
+"""A batch has operations, each of their windows once, and the state of the replica; it gets one reply."""
 
 from __future__ import annotations
 

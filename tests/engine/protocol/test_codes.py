@@ -1,4 +1,4 @@
-"""The letters of the wire; that documents and scripts have the same ones is in ``test_wire_document.py``."""
+"""The letters of the wire protocol; ``test_wire_document.py`` compares them with the document and the scripts."""
 
 from __future__ import annotations
 

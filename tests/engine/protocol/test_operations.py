@@ -52,7 +52,7 @@ def extend(mode: ExtendMode = ExtendMode.HEARTBEAT, **totals: int) -> Extend:
 
 
 def text_of(op: Operation) -> str:
-    """The operation as one text, with the budget in place of the number of each window."""
+    """The operation as one text; the name of a budget replaces the number of its window."""
     head, parts, tail = op.render()
     return " ".join([head, *(f"{window.budget}{amounts}" for window, amounts in parts)]) + tail
 
@@ -175,7 +175,7 @@ def test_a_commit_of_more_than_2_to_the_46_units_does_not_take_the_fast_path(par
         (extend(ExtendMode.GROW, reserved=9, accrued=5), True, True, False),
     ],
 )
-def test_an_extension_with_spend_is_a_fact_and_an_extension_with_growth_asks_for_money(
+def test_an_extension_is_a_fact_if_it_has_spend_and_asks_for_money_if_it_has_growth(
     op, asks_for_money, is_fact, is_urgent
 ):
     assert (op.asks_for_money, op.is_fact, op.is_urgent) == (asks_for_money, is_fact, is_urgent)

@@ -120,7 +120,7 @@ def test_a_window_without_a_cap_differs_from_a_window_whose_limit_is_unknown():
 @pytest.mark.parametrize(
     ("until_ms", "in_force"), [(0, True), (NOW_MS - 1, False), (NOW_MS, False), (NOW_MS + 1, True)]
 )
-def test_a_run_time_limit_is_in_force_until_its_end_or_forever_if_its_end_is_zero(until_ms, in_force):
+def test_a_limit_set_at_run_time_is_in_force_until_its_end_or_forever_if_its_end_is_zero(until_ms, in_force):
     assert RuntimeLimit(5, until_ms).is_in_force(NOW_MS) == in_force
 
 

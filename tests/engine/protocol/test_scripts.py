@@ -367,7 +367,7 @@ TOUCHING = {
 
 @pytest.fixture
 def begun(client, wire) -> Wire:
-    """Holds in two windows, of which the one of budget agent has lost its key."""
+    """Holds in the windows of the budgets agent and cycles; the window of agent has lost its key."""
     wire.reserve("op_1", agent=150)
     wire.reserve("op_z", agent=150)
     wire.request("L op_z 1", agent=":x0")
@@ -448,7 +448,7 @@ ADDING_MORE = {
     "S you N new 1 - -": f":{MORE}",
     f"S you K op_1 c {TIMES} - - -": f",150,,{150 + MORE}",
 }
-"""Operations that add so many units to those that the window counts."""
+"""Operations that add ``MORE`` units to the units that the window counts."""
 
 
 @pytest.mark.parametrize("head", ADDING_MORE)
@@ -554,7 +554,7 @@ def test_a_duplicate_request_within_one_batch_is_a_replay(wire):
     assert wire.client.zcard(wire.session.keys.due) == 0
 
 
-def test_the_head_of_a_reply_has_the_time_epoch_due_holds_and_number_of_acknowledged_writes(client, wire):
+def test_the_head_of_a_reply_has_the_time_and_the_epoch_and_due_holds_and_the_number_of_writes(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
@@ -795,7 +795,7 @@ def test_if_the_fast_path_declines_an_unusual_request_nothing_in_the_store_chang
 
 
 def test_if_a_window_counts_almost_2_to_the_62_units_the_fast_path_declines_a_commit(client, usual):
-    """The full script refuses it before it writes; the fast path checks no sums of single commits."""
+    """The full script then refuses the commit; the fast path does not check the sum after each commit."""
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=200)
     client.hset(usual.session.current_window("agent").key, "spent", 2**62 - 160)
@@ -889,7 +889,7 @@ def test_windows_and_ledgers_expire_one_day_plus_the_retention_after_the_end_of_
     assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
 
 
-def test_upstash_the_id_of_a_settled_hold_expires_after_id_memory_ms(client):
+def test_the_id_of_a_settled_hold_expires_after_id_memory_ms_unlike_in_upstash(client):
     """Upstash's script compared a number with a string, so it never set the expiry."""
     wire = Wire(client, id_memory_ms=40)
     for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
@@ -976,7 +976,7 @@ def test_the_server_refuses_a_script_that_touches_an_undeclared_key(server, clie
     client.acl_deluser("strict")
 
 
-def test_runcycles_every_operation_touches_only_declared_keys(server, client, strict):
+def test_every_operation_touches_only_declared_keys_unlike_in_runcycles(server, client, strict):
     """Scripts that use undeclared keys fail on a cluster, or fail open."""
     setup, settle = Wire(client, ledger_entries_max=1), {"agent": ":x70", "cycles": ":x1"}
     for number in range(12):
@@ -1024,7 +1024,7 @@ def test_runcycles_every_operation_touches_only_declared_keys(server, client, st
 # -- scripts that the server has not loaded ----------------------------------------------------------------------------
 
 
-async def test_pyratelimiter_calls_succeed_after_the_server_has_flushed_its_scripts(server, client):
+async def test_calls_succeed_after_the_server_has_flushed_its_scripts_unlike_in_pyratelimiter(server, client):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
         for turn in range(3):
             for call in (
@@ -1041,7 +1041,7 @@ async def test_pyratelimiter_calls_succeed_after_the_server_has_flushed_its_scri
         assert limiter.losses == 0
 
 
-def test_pyratelimiter_a_commit_succeeds_after_the_server_was_restarted(start_server: Callable):
+def test_a_commit_succeeds_after_a_restart_of_the_server_unlike_in_pyratelimiter(start_server: Callable):
     server = start_server(None, "--appendonly", "yes")
     with BudgetLimiter(server.url, [Budget("agent", "5.00")], timeout=10.0) as limiter:
         hold = limiter.reserve("agent", "0.15")

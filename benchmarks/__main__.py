@@ -40,7 +40,7 @@ GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
     "cluster": cluster,
 }
 PEERS = {"limits": "limits", "throttled": "throttled-py"}
-"""Packages by the module that they install."""
+"""The modules of the peers, each with the package that installs the module."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
@@ -70,16 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _missing_peers(groups: Sequence[str], settings: Settings) -> list[str]:
-    """The peers that the groups measure and that are not installed."""
+    """Return the packages of the peers (rival rate limiters) that the groups need but that are not installed."""
     needed = "concurrency" in groups or ("lease" in groups and not settings.quick)
     return [peer for module, peer in PEERS.items() if needed and importlib.util.find_spec(module) is None]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, a store ten times less full")
-    parser.add_argument("--rounds", type=int, metavar="N", help="at most so many rounds; figures of one have no spread")
-    parser.add_argument("--redis", action="store_true", help="on the machine's redis-server instead of Valkey")
+    parser.add_argument("--quick", action="store_true", help="run fewer and shorter rounds, and store fewer holds")
+    parser.add_argument("--rounds", type=int, metavar="N", help="run at most N rounds; with 1, there is no spread")
+    parser.add_argument("--redis", action="store_true", help="start this machine's redis-server instead of Valkey")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     parser.add_argument("--markdown", action="store_true", help="write the table into docs/benchmarks.md, too")

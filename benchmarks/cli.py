@@ -18,7 +18,7 @@ _TIMED_IMPORT = "import time; t = time.perf_counter(); import ktrdr_budget; prin
 
 
 async def cli(settings: Settings) -> list[Measure]:
-    """Measure fresh processes, one after another; the first of each fills the file cache and does not count."""
+    """Measure the import and the command in fresh processes. The first process of each only fills the file cache."""
     rounds = settings.rounds(15, 5)
     imports = [_import_s() for _ in range(rounds + 1)][1:]
     with running(settings.store) as server, service(server.url) as port:

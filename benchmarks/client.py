@@ -1,4 +1,7 @@
-"""Throughput and latency of one Python process: reservations of many callers, and of one, beside hits of the peers."""
+"""Throughput with many callers and latency with one caller, in one Python process.
+
+The throughput is compared with the throughput of the peers, which are rate limiters on Redis.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ async def per_call_us(call: Call, callers: int, calls: int) -> float:
 
 
 async def concurrency(settings: Settings) -> list[Measure]:
-    """Reservations and lifecycles of 100 and 1,000 callers, as multiples of each peer's hits in the same round."""
+    """Compare reservations and lifecycles per second with each peer's hits per second, at 100 and 1,000 callers."""
     with running(settings.store) as server:
         options: dict[str, Any] = {"timeout": 30, "max_holds": 10**7}  # none is ever settled
         async with AsyncBudgetLimiter(server.url, [Budget("agent", limit=_AMPLE)], **options) as limiter:
@@ -82,7 +85,10 @@ async def concurrency(settings: Settings) -> list[Measure]:
 async def _interleaved(
     plans: dict[tuple[str, int], tuple[Call, int]], rounds: int
 ) -> dict[tuple[str, int], list[float]]:
-    """Microseconds per call of every plan in every round; the first round, which connects, does not count."""
+    """Run all plans in each round. Return the microseconds per call, by plan, without the round that connects.
+
+    A plan is named by its call and its number of callers.
+    """
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in plans}
     order = list(plans)
     for number in range(rounds + 1):
@@ -96,7 +102,7 @@ async def _interleaved(
 
 
 async def latency(settings: Settings) -> list[Measure]:
-    """One caller at a time, beside an empty script that redis-py calls by its digest."""
+    """Compare the time of a reservation with the time of an empty script. Each has one caller at a time."""
     import redis.asyncio
 
     rounds, blocks, each = settings.rounds(9, 5), settings.size(40, 20), 20

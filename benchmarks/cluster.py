@@ -1,4 +1,4 @@
-"""A cluster beside one server: the throughput of three tenants on three shards, and the cost of a cluster's client."""
+"""A cluster: the throughput of three shards compared with one, and the time of a call compared with a single server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AMPLE = "5000000"
 
 @contextmanager
 def _cluster(kind: str) -> Iterator[list[int]]:
-    """Start three masters on ports of this machine, each with a third of the slots, from one configuration."""
+    """Start a cluster of three masters on this machine, each with a third of the slots. Yield their ports."""
     binary = binary_of(kind)
     if binary is None:
         raise RuntimeError(f"{kind}-server is not installed")
@@ -85,7 +85,7 @@ def _wait_until_whole(ports: Sequence[int]) -> None:
 
 
 def _tenants(shards: Sequence[int]) -> list[str]:
-    """A tenant on each of these shards, by number."""
+    """Return one tenant for each of these shard numbers. The keys of the tenant are on that shard."""
     names: list[str] = []
     for shard in shards:
         name = next(
@@ -144,7 +144,7 @@ def _cpu_s(port: int) -> float:
 
 
 async def cluster(settings: Settings) -> list[Measure]:
-    """Three processes, a tenant each: all tenants on one shard, and each on its own, by turns."""
+    """Measure three processes with one tenant each. The tenants are on one shard and on three shards, by turns."""
     rounds, calls = settings.rounds(7), settings.size(20_000, 1_000)
     with _cluster(settings.store) as ports:
         url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -190,7 +190,7 @@ def _shards(taken: dict[str, list[tuple[float, float]]]) -> list[Measure]:
 
 
 async def _overhead(settings: Settings, url: str) -> Measure:
-    """The same calls of one process to a cluster and to one server, by turns."""
+    """Compare the time of a reservation on a cluster with its time on one server, by turns, in one process."""
     rounds, calls = settings.rounds(7), settings.size(20_000, 1_000)
     taken: dict[str, list[float]] = {"cluster": [], "server": []}
     with running(settings.store) as server:

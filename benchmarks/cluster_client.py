@@ -12,7 +12,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget
 
 
 async def main(url: str, tenant: str, callers: int) -> None:
-    """Print the begin and the end of each block of calls, and first a line when the process is ready."""
+    """Print a line when the process is ready, then a line with the begin and the end of each block of calls."""
     budgets = [Budget("agent", limit="5000000")]
     async with AsyncBudgetLimiter(url, budgets, tenant=tenant, timeout=30, max_holds=10**7) as limiter:
         begun = time.time()

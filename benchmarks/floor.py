@@ -1,6 +1,6 @@
-"""The floor of a lifecycle in the server: its bare commands, in one script for the reservation and one for the commit.
+"""The floor of a lifecycle: the server time of the bare commands that a reservation and its commit need.
 
-The scripts send the commands that a lone reservation and its commit need, with literal arguments, and decide nothing.
+One script has the commands of the reservation, another script those of the commit. The scripts decide nothing.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _EPOCH = f"3.{_REPLICA}0123456789abcdef"
 
 
 class Floor:
-    """Runs bare lifecycles, on keys of a tenant of their own.
+    """Runs bare lifecycles. Their keys belong to a separate tenant.
 
     Args:
-        client: of redis-py.
-        n_budgets: in each reservation.
+        client: a client of redis-py.
+        n_budgets: the number of budgets in each reservation.
     """
 
     def __init__(self, client: Any, n_budgets: int) -> None:

@@ -82,8 +82,8 @@ def _provider() -> Iterator[str]:
 async def guard_overhead(settings: Settings) -> list[Measure]:
     """Unguarded and guarded calls take turns; a round's figure is the difference of their medians.
 
-    A guarded call outside of a hold makes two requests to the store, one inside a hold none. The cost of the two
-    requests alone is measured by the same call between a reservation and a commit that are written by hand.
+    Outside of a hold, a guarded call makes two requests to the store; inside a hold, it makes none. To measure the cost
+    of the two requests alone, an unguarded call is also made between an explicit reservation and an explicit commit.
     """
     import anthropic
     import openai

@@ -1,6 +1,7 @@
-"""The time of a lease's decision: the public calls, one after the other, beside an empty call.
+"""The time that a lease takes for a decision, with the time of an empty call for comparison.
 
-Blocks of decisions are timed as a whole, because reading a clock takes as long as a decision; the median block counts.
+A block of decisions is timed as a whole, because reading a clock takes as long as a decision. A round's figure is the
+median of its blocks.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ async def _decisions_us(url: str, rounds: int, blocks: int) -> dict[str, list[fl
 
 
 async def _acquired_us(small: AsyncLease) -> float:
-    """A slab that is refilled while it is spent: the store's replies arrive between the blocks."""
+    """Return the microseconds per decision of one block, for a chunk that is refilled between the blocks."""
     await asyncio.sleep(0)
     begun = time.perf_counter()
     for _ in range(_BLOCK):
@@ -115,7 +116,7 @@ def _rounds_us(call: Callable[[], object], rounds: int, blocks: int) -> list[flo
 
 
 async def _peers_us(url: str, settings: Settings) -> dict[str, float]:
-    """A hit of each peer, one caller at a time: its fastest variant."""
+    """Return the microseconds per hit of each peer's fastest variant, with one caller at a time."""
     found = {}
     for peer, variants in hits(url).items():
         took = []

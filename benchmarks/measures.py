@@ -35,7 +35,7 @@ class Target:
     figure: float
 
     def met_by(self, value: float) -> bool:
-        """Whether a figure reaches it."""
+        """Whether the value reaches the target."""
         return value >= self.figure if self.side == "at least" else value <= self.figure
 
     def __str__(self) -> str:
@@ -57,16 +57,16 @@ class Measure:
     """One figure of the report."""
 
     name: str
-    """Stable, for programs."""
+    """The name for programs. It never changes."""
     title: str
-    """For readers."""
+    """The title in the report."""
     unit: str
     """``x`` (a ratio), ``µs``, ``ms``, ``s`` or ``B``."""
     rounds: tuple[float, ...]
     """The figure of each round."""
     target: Target
     detail: str = field(default="", kw_only=True)
-    """The figures that it was computed from."""
+    """Remarks, such as the times from which a ratio was computed."""
 
     @property
     def value(self) -> float:

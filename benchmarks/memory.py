@@ -55,9 +55,9 @@ async def memory(settings: Settings) -> list[Measure]:
 
 
 async def _bytes_of_a_window(kind: Literal["valkey", "redis"], count: int) -> tuple[float, float]:
-    """Bytes of a window in which one operation was settled, without the record of that operation and with it.
+    """Return the bytes of a window with one settled operation: without the operation's record, then with the record.
 
-    In a new server, which frees nothing meanwhile.
+    The measurement uses a new server, which frees nothing meanwhile.
     """
     budgets = [Budget(f"user/{number:06d}", limit="5.00") for number in range(count)]
     with running(kind) as server, server.client() as client:

@@ -1,7 +1,7 @@
-"""The peers: rate limiters for asyncio on Redis, each measured by its smallest operation, one hit of one counter.
+"""The peers: rate limiters for asyncio on Redis. Each is measured by its smallest operation, a hit of one counter.
 
-Their connection pools may open a connection for each caller: with what redis-py allows by default, 100, they fail at
-1,000 callers.
+Their connection pools may open a connection for each caller. With redis-py's default limit of 100 connections, the
+peers would fail at 1,000 callers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _LIMIT_PER_DAY = 1_000_000_000
 
 
 def hits(url: str) -> dict[str, dict[str, Hit]]:
-    """The variants of each peer, of which the fastest counts."""
+    """Return the hits of each peer, by variant. The reports use the fastest variant of a peer."""
     return {"limits": _limits(url), "throttled-py": {"redis-py": _throttled(url)}}
 
 
 def _limits(url: str) -> dict[str, Hit]:
-    """Fixed window; with coredis, which is its default, where that is installed, and with redis-py."""
+    """The peer ``limits`` with a fixed window: a variant on redis-py and, if coredis is installed, one on coredis."""
     from limits import parse
     from limits.aio.storage import RedisStorage
     from limits.aio.strategies import FixedWindowRateLimiter
@@ -46,7 +46,7 @@ def _limits(url: str) -> dict[str, Hit]:
 
 
 def _throttled(url: str) -> Hit:
-    """Fixed window, with redis-py."""
+    """The peer ``throttled-py`` with a fixed window, on redis-py."""
     from throttled.asyncio import RateLimiterType, RedisStore, Throttled, per_day
 
     store = RedisStore(server=url, options={"CONNECTION_POOL_KWARGS": {"max_connections": _UNBOUNDED}})

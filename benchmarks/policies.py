@@ -1,4 +1,4 @@
-"""The cost of the policies for an unreachable store while it is reachable: reservations under each, in turns."""
+"""The cost of the outage policies while the store is reachable. Limiters with different policies take turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _reserve(limiter: AsyncBudgetLimiter) -> Call:
 
 
 async def policies(settings: Settings) -> list[Measure]:
-    """Reservations under ``allow`` and ``lease``, as multiples of those under ``deny`` in the same round."""
+    """Compare the time of a reservation under ``allow`` and ``lease`` with its time under ``deny``."""
     rounds, turns = settings.rounds(15), settings.size(15, 5)
     with running(settings.store) as server:
         async with AsyncExitStack() as stack:

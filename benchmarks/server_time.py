@@ -1,7 +1,7 @@
 """Server time of a lifecycle (reserve + commit), as the server counts it: ``usec`` of ``INFO commandstats``.
 
-Each figure names its floor: the bare commands of a lone lifecycle, measured in the same round (``benchmarks.floor``).
-Only the calls that the client sends are counted: the commands of a script are part of its own time.
+Each figure is reported with its floor: the time of the bare commands of one lifecycle (``benchmarks.floor``), measured
+in the same round. Only the calls of scripts are counted, because a script's time includes the time of its commands.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FLOOR_LIFECYCLES = 500
 
 
 class Figures(NamedTuple):
-    """One round."""
+    """The figures of one round."""
 
     lifecycle_us: float
     floor_us: float
     batch: float
-    """Operations that one call carried."""
+    """The number of operations (reservations or commits) in one call of a script."""
 
 
 class Meter:
@@ -43,10 +43,10 @@ class Meter:
         self._floors = {n_budgets: Floor(self._client, n_budgets) for n_budgets in (1, 6)}
 
     async def lifecycle_us(self, amounts: dict[str, str], lifecycles: int, *, batched: bool) -> tuple[float, float]:
-        """Server time of one lifecycle in µs, and how many operations one call carried.
+        """Return the server time of one lifecycle in µs, and the number of operations in one call of a script.
 
         Raises:
-            RuntimeError: batches were too small, so that this is no figure for them.
+            RuntimeError: the batches were too small for a figure of batched lifecycles.
         """
         callers = _CALLERS if batched else 1
         spent = dict.fromkeys(amounts, "0.0012")
@@ -114,7 +114,7 @@ async def server_time(settings: Settings) -> list[Measure]:
 
 
 async def full_store(settings: Settings) -> list[Measure]:
-    """A lifecycle in a store full of open holds and ledger entries, as a multiple of the same in an empty one."""
+    """Compare the server time of a lifecycle in a store full of holds and ledger entries and in an empty store."""
     count = settings.size(1_000_000, 100_000)
     plans = {"batched": settings.size(8_000, 3_000), "single": settings.size(1_000, 300)}
     ratios: dict[str, list[float]] = {how: [] for how in plans}

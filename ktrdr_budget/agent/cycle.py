@@ -112,7 +112,7 @@ class Cycle:
         self._failure = ""
         self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + dependencies.ttl_s / 2
         self.lost_here = False
-        """Whether a call of this replica marked the cycle as lost. If so, no other replica counted the cycle's end."""
+        """Whether a call on this replica marked the cycle as lost. If so, this replica counts the end of the cycle."""
         self.progress = Progress(
             estimate=format(hold.amounts[AGENT], "f"),
             replica=dependencies.limiter.replica_id,

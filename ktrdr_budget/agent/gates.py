@@ -69,7 +69,7 @@ class GateResult:
 
 
 def training_gate(training: Training, thresholds: Thresholds) -> GateResult:
-    """Check whether the model is good enough for a backtest. A non-finite figure fails."""
+    """Check whether the trained model is good enough for a backtest. A non-finite figure fails."""
     checks = (
         _at_least("accuracy", training.accuracy, thresholds.min_accuracy),
         _at_most("final loss", training.final_loss, thresholds.max_loss),

@@ -1,8 +1,8 @@
 """Prices for the bundled research: daily closes of a fictitious instrument.
 
-The series is a generated random walk, so no vendor has rights to the data. Two properties change at random: prices
-rise or fall, and are calm or volatile. Each such regime lasts long enough for a small model to find a weak signal. The
-generator gives the same prices on every machine::
+The series is a generated random walk, so no vendor has rights to the data. Prices rise for some time, then fall; and
+they are calm for some time, then volatile. The changes are random, but rare enough for a regression to find a weak
+signal. The generator gives the same prices on every machine::
 
     python -m ktrdr_budget.agent.market > prices.csv
 """

@@ -45,7 +45,7 @@ class UnusableAnswer(BudgetError):
 
 
 def design_prompt(operation_id: str, brief: str | None = None) -> str:
-    """Return the prompt for a design. Different ids lead to different choices. A brief, if given, guides the choice."""
+    """Return the prompt for a design. The id makes the choices of cycles differ. A brief guides the choice."""
     described = {
         name: {"description": strategy.description, "parameters": {key: list(ends) for key, ends in ranges.items()}}
         for name, strategy in STRATEGIES.items()

@@ -1,8 +1,8 @@
 """The language models of an agent, and their selection by the environment.
 
 Calls use the SDKs of the providers. A guard around the SDK reserves the maximum cost of each call; inside a hold, the
-hold covers that cost. Replies are streamed. If a call is cancelled, the part of the reply that arrived is charged, as
-far as the provider has reported its usage.
+hold covers that cost. Replies are streamed. If a call is cancelled, an estimate for the part of the reply that arrived
+is charged.
 """
 
 from __future__ import annotations

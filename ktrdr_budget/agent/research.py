@@ -147,7 +147,7 @@ class _Stopped(Exception):
 
 
 async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> Result:
-    """Run the work in a thread. If the call is cancelled, the call ends at once, and the thread at its next pause."""
+    """Run the work in a thread. If the call is cancelled, the call ends at once; the thread ends at its next pause."""
     abandoned = threading.Event()
 
     def pause() -> None:

@@ -36,7 +36,7 @@ TOKENS_PER_SECOND_DEFAULT = 500.0
 CONTEXT_TOKENS = 500
 """Input tokens that are charged in addition to the prompt, as providers charge tool descriptions."""
 REASONING_TOKENS = (120, 240)
-"""The minimum and the maximum number of output tokens before the reply."""
+"""The minimum and the maximum number of reasoning tokens, which are output before the text of a reply."""
 CHARACTERS_PER_TOKEN = 4
 CHUNK_TOKENS = 16
 
@@ -93,7 +93,7 @@ class ScriptedLLM:
         price = _SIZES.get(model.lower()) or named.get(model)
         if price is None:
             known = ", ".join((*_SIZES, *named))
-            raise UnusableModel(f"the scripted model has no {model!r}; choose one of {known}, or set AGENT_LLM")
+            raise UnusableModel(f"there is no scripted model {model!r}; choose one of {known}, or set AGENT_LLM")
         return ScriptedLLM(self._meter, model=price.model, tokens_per_second=self._tokens_per_second)
 
     async def close(self) -> None:

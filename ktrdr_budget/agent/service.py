@@ -152,7 +152,7 @@ class AgentService:
         model: str | None = None,
         bypass_gates: bool = False,
     ) -> Started:
-        """Reserve the estimate and a slot of a cycle together, and begin the cycle. If one is denied, reserve neither.
+        """Reserve the estimate and a slot together, and begin the cycle. If either is denied, neither is reserved.
 
         Args:
             operation_id: the id of the cycle, and an idempotency key. A retry with the same id and options returns the

@@ -1,6 +1,7 @@
-"""The HTTP service: :func:`create_app` makes an app, :func:`budget_router` the routes for an app of yours.
+"""The HTTP service, as a complete app or as routes for an existing app.
 
-:func:`hold_budget` holds a budget while a route of yours runs.
+:func:`create_app` makes the complete app. :func:`budget_router` makes the routes for an existing app.
+:func:`hold_budget` makes a dependency that holds a budget while a route runs.
 
 The package needs the extra ``server``: ``pip install 'ktrdr-budget[server]'``.
 """

@@ -36,7 +36,7 @@ __all__ = ["agent_router"]
 
 
 class TriggerRoute(BudgetRoute):
-    """The route of a trigger. Each problem document also states that no cycle started, and the reason."""
+    """The route that triggers a cycle. Except for 401 and 403, a problem also states why no cycle started."""
 
     def problem(self, problem: HTTPProblem, error: Exception) -> HTTPProblem:
         """Add the members that describe a refused trigger."""
@@ -64,7 +64,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
 
     Args:
         service: the limiter and the keys.
-        agent: returns the agent of the app's present run.
+        agent: a function that returns the agent of the app's current run.
         prefix: the prefix of all paths.
     """
     router = APIRouter(

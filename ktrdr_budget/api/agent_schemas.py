@@ -1,4 +1,4 @@
-"""The models of the agent's requests and responses."""
+"""The Pydantic models of the agent's requests and responses."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ class CycleOut(ResponseModel):
     ended_at: Instant | None
     elapsed_seconds: float
     spend: AmountOut = Field(
-        description="Dollars used so far; after the cycle has ended, the committed amount. For a cycle whose worker "
-        "was lost (`worker_lost`), the last amount that the worker reported; the reservation of the same id has "
-        "the unconfirmed amount that is charged to the budget."
+        description="Dollars used so far; after the cycle has ended, the committed amount. If the worker was lost "
+        "(`worker_lost`), the last amount that the worker reported. In that case, the budget is charged the "
+        "unconfirmed amount of the reservation, which has the same id as the cycle."
     )
     estimate: AmountOut = Field(description="Dollars reserved at the start.")
     tokens: dict[Literal["design", "assessment"], int]
@@ -145,7 +145,7 @@ class RemainingOut(ResponseModel):
 
 
 class CapacityOut(ResponseModel):
-    """The number of concurrent research cycles on all replicas; `null` means unlimited."""
+    """The slots for concurrent research cycles on all replicas; `null` means unlimited."""
 
     active: int = Field(validation_alias="held")
     free: int | None = Field(validation_alias="remaining")
@@ -159,10 +159,10 @@ class AgentStatusOut(ResponseModel):
     active_cycles: list[CycleOut]
     last_cycle: CycleOut | None = Field(description="The cycle that ended last.")
     budget: RemainingOut | None = Field(
-        description="`null` if the figures are unknown because another definition is registered."
+        description="`null` if the store has another definition of the budget, so that the figures are unknown."
     )
     capacity: CapacityOut | None = Field(
-        description="`null` if the figures are unknown because another definition is registered."
+        description="`null` if the store has another definition of the slots, so that the figures are unknown."
     )
     as_of: Instant
 

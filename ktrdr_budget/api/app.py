@@ -163,7 +163,7 @@ async def _index(request: Request) -> dict[str, str]:
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:
-    """Reply to an error with a problem, also for routes that other code adds to the app."""
+    """Reply to an error with a problem document, also on routes that other code adds to the app."""
     if isinstance(error, HTTPException) and error.status_code == 404:
         return no_such_endpoint(request.scope).response()
     return problem_of(error, request.app.state.limiter.budgets).response()

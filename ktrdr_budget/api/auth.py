@@ -35,7 +35,7 @@ class Caller(NamedTuple):
     """The authenticated sender of a request."""
 
     owner: str
-    """The name of the caller in the holds that the caller reserves."""
+    """The caller's name. The record of a hold has the name of the caller that reserved the hold."""
     admin: bool
 
 
@@ -125,7 +125,7 @@ _ANONYMOUS = Caller("http", True)
 
 
 def _owner(key: str) -> str:
-    """The name of the key's owner in holds: a short hash of the key. The hash does not reveal the key."""
+    """Return the name of the caller with this key: a short hash, which does not reveal the key."""
     return f"http-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 

@@ -95,9 +95,9 @@ def hold_budget(
         budget: the name of a budget, or a mapping of names to estimates.
         estimate: the amount to hold, if ``budget`` is a name.
         limiter: for an ``async def`` route, an :class:`AsyncBudgetLimiter` of the app's event loop; for a ``def``
-            route, a :class:`BudgetLimiter`. A function is called with the request (or WebSocket), and must return a
-            limiter. With a :class:`BudgetLimiter`, the hold is a :class:`~ktrdr_budget.sync.Hold`, and a guarded sync
-            client inside the route draws from the hold.
+            route, a :class:`BudgetLimiter`. If ``limiter`` is a function, the function is called with the request (or
+            WebSocket), and must return a limiter. With a :class:`BudgetLimiter`, the hold is a
+            :class:`~ktrdr_budget.sync.Hold`, and a guarded sync client inside the route draws from the hold.
             Default: the argument of :func:`~ktrdr_budget.metering.decorators.set_default_limiter` for async code, or
             a limiter made from the environment.
         operation: a label for the ledger. Default: the route, such as ``POST /research/{topic}`` or
@@ -186,9 +186,9 @@ def _release_late(kept: AbstractContextManager[Hold], entering: asyncio.Future[H
 
 @asynccontextmanager
 async def _left_in_thread(kept: AbstractContextManager[Hold], hold: Hold) -> AsyncIterator[None]:
-    """Make a sync hold the current hold of this task, and settle the hold in a thread.
+    """Make a sync hold the current hold of this task. At the end of the block, settle the hold in a thread.
 
-    The thread that reserved the hold has set the current hold only in its own context.
+    The hold was reserved in a thread, which made it the current hold in the context of the thread only.
     """
     outer = current_hold.set(hold)
     leaving: tuple[Any, Any, Any] = (None, None, None)

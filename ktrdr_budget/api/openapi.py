@@ -49,7 +49,7 @@ def problems(*statuses: int, models: Mapping[int, type[BaseModel]] | None = None
 
     Args:
         statuses: the HTTP statuses of the responses.
-        models: the models of further statuses, if the documents of the route have additional members.
+        models: a model for each further status. Its problem documents have additional members on this route.
     """
     responses: Responses = {}
     for status in sorted({*statuses, *(models or {})}):

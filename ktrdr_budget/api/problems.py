@@ -138,7 +138,7 @@ def no_such_endpoint(scope: Scope) -> HTTPProblem:
 
 
 def invalid(place: str, message: str, *path: str) -> RequestValidationError:
-    """The error for a value that only the limiter can check. It has the form of a validation error of a model."""
+    """Make the error for an invalid value that only the limiter can detect. The error looks like Pydantic's."""
     return RequestValidationError([{"loc": (place, *path), "msg": message, "type": "value_error"}])
 
 
@@ -198,8 +198,8 @@ def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
     """The fields of draft-ietf-httpapi-ratelimit-headers-11, structured as RFC 9651 requires.
 
     ``requests`` is the draft's default unit. None of its other units fits money or tokens, so the budget's unit is an
-    extension parameter, which the draft lets clients ignore. ``t`` must not end after ``Retry-After``, so both are
-    equal.
+    extension parameter, which the draft lets clients ignore. ``t`` must not be greater than
+    ``Retry-After``, so both are equal.
     """
     policy = f'"{budget.name}";q={_sf_integer(denial.limit)}'
     if budget.unit != "requests":

@@ -43,8 +43,8 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
     ) -> ReservationOut:
         """Reserve an estimate before the work, in every named budget or in none.
 
-        If the request has an `id`, a retry is harmless: the same reservation again returns the present state of the
-        hold with status 200.
+        If the request has an `id`, a retry is harmless. If the hold was already granted, the response has status 200
+        and the present state of the hold.
         """
         hold = await service.limiter.reserve(
             body.amounts,
@@ -126,7 +126,7 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
     async def record_spend(request: Request, response: Response, body: SpendIn) -> Settlement:
         """Record spend without a reservation. Recorded spend is never denied.
 
-        If the request has an `id`, a retry is harmless: the same spend again returns status 200.
+        If the request has an `id`, a retry is harmless. If the spend was already recorded, the response has status 200.
         """
         settlement = await service.limiter.record(body.amounts, id=body.id, operation=body.operation)
         reservations = request.scope["path"].removesuffix("/spend") + "/reservations"

@@ -28,14 +28,14 @@ __all__ = ["BODY_BYTES_MAX", "BUDGETS", "BudgetRequest", "BudgetRoute", "complet
 
 BODY_BYTES_MAX = 65_536
 BUDGETS = "ktrdr_budget.budgets"
-"""The key in the scope of a request for the limiter's budgets; a denial shows the units of the budgets."""
+"""The key of the limiter's budgets in the scope of a request. A denial shows the units of these budgets."""
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
 class BudgetRequest(Request):
-    """A request with a bounded body and exact JSON: a number such as 0.1 is a ``Decimal``, a repeated name an error."""
+    """A request with a bounded body and exact JSON: 0.1 is read as a ``Decimal``, and a repeated name is an error."""
 
     async def body(self) -> bytes:
         """Read the body.
@@ -140,7 +140,7 @@ register_url_convertor("last_hold", _LastHoldId())
 
 
 def _keep_encoded_slashes(scope: Scope) -> Scope:
-    """The ASGI scope with each ``%2F`` of the path that the client sent. Servers have decoded ``%2F`` to ``/``."""
+    """Restore each ``%2F`` of the path in the ASGI scope, because the server has decoded ``%2F`` to ``/``."""
     raw_path = scope.get("raw_path") or b""
     if b"%2" not in raw_path:
         return scope

@@ -60,8 +60,8 @@ def probe_router(limiter: AsyncBudgetLimiter, metrics: LimiterMetrics | None = N
 
     Args:
         limiter: the limiter, which the app starts and closes.
-        metrics: the metrics of the limiter, whose ``observer`` must be ``metrics.observe``. Default: new metrics, which
-            have the figures of the store, but no counters.
+        metrics: the metrics of the limiter. The ``observer`` of the limiter must be ``metrics.observe``. Default: new
+            metrics, which have the figures of the store, but no counters.
     """
     if metrics is None:
         metrics = LimiterMetrics()

@@ -1,4 +1,4 @@
-"""The models of requests and responses."""
+"""The Pydantic models of requests and responses."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class InvalidJSON:
 
 
 def closed(**example: Any) -> ConfigDict:
-    """Configuration of a model that forbids extra fields, with an example."""
+    """Configure a Pydantic model: extra fields are forbidden, and the arguments are the example in OpenAPI."""
     return ConfigDict(
         extra="forbid",
         from_attributes=True,
@@ -260,7 +260,7 @@ class SpendIn(RequestModel):
 class CommitIn(RequestModel):
     """The actual cost. Default: the accrued amounts.
 
-    A scalar is committed for each budget in dollars; for each budget that counts, the reserved amount is committed. An
+    A scalar is committed for each budget in dollars; for every other budget, the reserved amount is committed. An
     object has an amount per budget; for a budget that is not in the object, 0 is committed.
     """
 
@@ -543,7 +543,7 @@ class LedgerPage(ResponseModel):
 
 
 class SettlementOut(ResponseModel):
-    """The result of a commit, release or record."""
+    """The result of a commit, a release or a recorded spend."""
 
     model_config = closed(
         id="op_1", state="committed", amounts={"agent": "0.07"}, replayed=False, overrun=False, late=False

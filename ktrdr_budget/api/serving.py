@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ServeError", "serve", "worker_app"]
 
 KEEP_ALIVE_S = 75
-"""Longer than proxies keep idle connections, so that the service closes no connection that a proxy may use."""
+"""Seconds until the service closes an idle connection. Proxies close their idle connections earlier."""
 GRACE_S = 10
 SILENT_MAX_S = 30
 """Seconds after which the supervisor replaces a silent worker. On a busy machine, a worker needs seconds to start."""
@@ -290,7 +290,10 @@ def _stoppable() -> Iterator[_Stopper]:
 
 @contextlib.contextmanager
 def _metrics_directory() -> Iterator[None]:
-    """Set the directory in which the workers share counters; prometheus_client reads the variable on import."""
+    """Set ``PROMETHEUS_MULTIPROC_DIR`` to a new directory, in which the workers share counters.
+
+    prometheus_client reads the variable on import.
+    """
     before = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     directory = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="ktrdr-metrics-")
     try:

@@ -33,11 +33,12 @@ class SettingsError(ValueError):
 
 
 class Settings(BaseSettings):
-    """The settings of the service; each is an environment variable of the same name.
+    """The settings of the service. Each field is read from an environment variable.
 
-    ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``,
-    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` have the
-    prefix ``KTRDR_`` in the environment. ``AGENT_DAILY_BUDGET`` is also accepted with this prefix.
+    The variable of a field has the name of the field, in capitals. The variables of ``redis_url``, ``tenant``,
+    ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``, ``lease_slab``, ``durability``,
+    ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` also have the prefix ``KTRDR_``.
+    ``AGENT_DAILY_BUDGET`` is accepted with and without this prefix.
     """
 
     model_config = SettingsConfigDict(
@@ -71,9 +72,13 @@ class Settings(BaseSettings):
     timeout: float = Field(default=1.0, gt=0, le=3600)
     """The deadline of each call to the store, in seconds."""
     on_store_error: Literal["deny", "allow", "lease"] = "deny"
-    """The policy while the store is unreachable: deny, admit unchecked and record later, or admit from leases."""
+    """The policy while the store is unreachable.
+
+    ``deny`` refuses requests. ``allow`` admits requests unchecked, and records them later. ``lease`` admits requests
+    from prepaid leases.
+    """
     lease_slab: str | None = None
-    """The amount that a lease prepays: dollars for each budget in dollars, or several ``name=amount``."""
+    """The prepaid chunk of a lease: an amount for every budget in dollars, or ``name=amount`` pairs, as ``a=1,b=2``."""
     durability: Literal["memory", "replica", "disk"] = "memory"
     """Where the store must have a write before the service replies: in memory, on a replica, or on the disk."""
     max_holds: int = Field(default=MAX_HOLDS, ge=1)
@@ -160,7 +165,10 @@ class Settings(BaseSettings):
 
     @property
     def lease_slabs(self) -> AmountIn | Mapping[str, AmountIn] | None:
-        """The prepaid amount of each budget in dollars, or by name; ``None`` unless the policy is ``lease``."""
+        """The prepaid amount for each budget in dollars, or a mapping of names to amounts.
+
+        ``None`` unless the policy is ``lease``.
+        """
         return None if self.lease_slab is None else _slabs(self.lease_slab)
 
     @property

@@ -1,4 +1,4 @@
-"""The audit: checks on a live store that every window adds up, and repairs the windows that do not."""
+"""The audit: it checks that every window of a live store adds up, and repairs the windows that do not."""
 
 from ktrdr_budget.audit.audit import Auditor, Change, IndexChange, Repair, WindowReport, verify
 

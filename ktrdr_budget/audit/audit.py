@@ -117,8 +117,8 @@ def verify(
     """Check every window of the tenant in the store, or only those of ``budgets``. The check writes nothing.
 
     Args:
-        windows: the windows to check, each a budget's name and a window's name; by default all. If every window's name
-            includes the fingerprint of the budget's definition
+        windows: the windows to check. Each is a pair: a budget's name and a window's name. Default: all windows. If
+            every window's name includes the fingerprint of the budget's definition
             (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`), the store is not scanned for windows.
         timeout: the longest wait for one reply of the store, in seconds.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
@@ -188,8 +188,8 @@ class Auditor:
     ) -> Repair:
         """Rebuild the indexes of holds from the holds' records, and the windows' counters from ledgers and open holds.
 
-        Writers need not stop. Each correction is logged. The correction of a counter also adds an entry ``audit`` of
-        amount 0 to the ledger.
+        Writers need not stop. Each correction is logged. The correction of a counter also adds a ledger entry of kind
+        ``audit`` with the amount 0.
 
         Raises:
             StoreUnavailable: the store does not reply; earlier corrections remain.

@@ -216,9 +216,9 @@ class AuditReader:
     def _read_at_once(
         self, key: str, ledger_key: str
     ) -> tuple[int, dict[bytes, bytes], bytes, bytes, int, Sequence[bytes]]:
-        """Read in one step: the time, the window, both ends and the length of the ledger, the ids of the open holds.
+        """Read in one step: time, window, first and last ledger entry, length of the ledger, ids of the open holds.
 
-        This is a transaction, because a script would block the store for four times as long with many ids.
+        The step is a transaction. If there are many ids, a script would block the store for four times as long.
         """
         pipeline = self._client.pipeline(transaction=True)
         pipeline.time()
@@ -330,7 +330,7 @@ class AuditReader:
         return changes
 
     def _indexes(self) -> tuple[tuple[bytes, str], ...]:
-        """The state of the holds in each index, and its key."""
+        """For each index, return the state of the holds in the index, and the key of the index."""
         return (b"o", self._keys.due), (b"x", self._keys.unconfirmed)
 
     def _reindex(self, ids: Iterable[str], wrong: Callable[[list[str]], list[str]]) -> Iterator[tuple[str, str]]:

@@ -69,9 +69,7 @@ def validate_end(context: click.Context, parameter: click.Parameter, value: str 
     except ValueError:
         aware = False
     if not aware:
-        raise click.BadParameter(
-            f"{value!r} is neither an instant such as 2026-11-24T00:00:00Z nor 'window' or 'never'"
-        )
+        raise click.BadParameter(f"must be an instant such as 2026-11-24T00:00:00Z, 'window' or 'never', not {value!r}")
     return value
 
 

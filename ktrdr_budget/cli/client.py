@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["API_URL", "Answer", "Service", "expect_valid_response", "segment", "service"]
 
 API_URL = "ktrdr_budget.api_url"
-"""Key of the service's URL in ``click.Context.meta``."""
+"""The name under which ``click.Context.meta`` has the service's URL."""
 
 URL_DEFAULT = "http://127.0.0.1:8000"
 TIMEOUT_S = 5.0

@@ -56,8 +56,8 @@ def trigger(
 ) -> None:
     """Start a research cycle.
 
-    The command prints the JSON reply of the service. If a budget denies the cycle, the command also prints the reply,
-    and the exit code is 3. With --wait, the exit code is 0 if the cycle completes, and 1 if the cycle fails or is
+    The command prints the JSON reply of the service. If a budget denies the cycle, the reply describes the denial, and
+    the exit code is 3. With --wait, the exit code is 0 if the cycle completes, and 1 if the cycle fails or is
     cancelled. Ctrl-C stops the command; the cycle continues.
     """
     where = service()

@@ -29,7 +29,7 @@ _MARKED = re.compile(r'"\\u0000([-0-9.]+)\\u0000"')
 
 
 def write(text: str, file: IO[Any] | None = None) -> None:
-    """Write a text and a newline to ``file``. Default: stdout. Characters outside of its encoding are escaped."""
+    """Write a text and a newline to ``file``. Default: stdout. Characters that its encoding lacks are escaped."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)

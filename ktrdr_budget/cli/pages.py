@@ -20,7 +20,7 @@ PAGE_MAX = 1000
 def paged(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--limit``, ``--cursor`` and ``--all``."""
     command = click.option("--all", "everything", is_flag=True, help="List all pages.")(command)
-    command = click.option("--cursor", help="Cursor that a page has printed. The command lists the next page.")(command)
+    command = click.option("--cursor", help="Cursor of the next page, as printed below a page.")(command)
     return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="Number of items per page.")(command)
 
 

@@ -23,7 +23,7 @@ __all__ = ["prices"]
 
 _TOKENS = click.IntRange(0, 10**9)
 ANY_PROVIDER = "any"
-"""The provider if none is known. It is used only for a fixed cost per call, which is the same for all providers."""
+"""The provider of a model whose provider is unknown. The model then has the fixed cost per call, or no price."""
 
 
 @click.group()
@@ -90,7 +90,7 @@ class _Found:
         return names[1] if names else ""
 
     def costs(self, usage: Usage) -> tuple[Cost, Cost]:
-        """Return the cost of a call with this usage, and the maximum cost of a call with these numbers of tokens."""
+        """Return the cost of this usage, and the maximum cost of a call with the same numbers of tokens."""
         names = (self.provider, self.model)
         tier = self.tier or None
         worst = self._prices.worst_case(*names, usage.input_tokens, usage.output_tokens, self._now, service_tier=tier)

@@ -116,7 +116,7 @@ async def test_a_model_named_in_a_trigger_is_used_only_for_the_triggered_cycle(m
 
 async def test_a_trigger_with_an_unavailable_model_starts_no_cycle(make_stage):
     stage = await make_stage(make_llm=scripted)
-    with pytest.raises(UnusableOption, match="model: the scripted model has no 'gpt-4'; choose one of opus, "):
+    with pytest.raises(UnusableOption, match="model: there is no scripted model 'gpt-4'; choose one of opus, "):
         await stage.agent.trigger(model="gpt-4")
     assert await stage.figures() == (0, 0, 0, 0)
 

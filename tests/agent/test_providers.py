@@ -300,7 +300,7 @@ async def test_the_short_names_opus_sonnet_and_haiku_select_a_model_of_the_provi
     ("chosen", "words"),
     [
         ({"AGENT_LLM": "llama"}, "AGENT_LLM: must be 'scripted', 'anthropic' or 'openai', not 'llama'"),
-        ({"AGENT_MODEL": "gpt-6-luna"}, "AGENT_MODEL: the scripted model has no 'gpt-6-luna'; choose one of opus, "),
+        ({"AGENT_MODEL": "gpt-6-luna"}, "AGENT_MODEL: there is no scripted model 'gpt-6-luna'; choose one of opus, "),
         ({"AGENT_LLM": "anthropic"}, "AGENT_LLM=anthropic needs a key in ANTHROPIC_API_KEY"),
         ({"AGENT_LLM": "openai", "OPENAI_API_KEY": " "}, "AGENT_LLM=openai needs a key in OPENAI_API_KEY"),
         (

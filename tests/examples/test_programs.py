@@ -48,7 +48,7 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
     return run
 
 
-def test_the_chat_answers_and_prints_the_spend(run: Any, provider: LocalProvider, server: Any) -> None:
+def test_the_chat_program_answers_and_prints_the_spend(run: Any, provider: LocalProvider, server: Any) -> None:
     provider.script(Scene(text="A promise."), Scene(text="Yes."))
     done = run("chat_loop", typed="What is a budget?\nReally?\n\n")
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_the_chat_answers_and_prints_the_spend(run: Any, provider: LocalProvider
     assert f"${spent / 1e9:.6f} spent today" in done.stdout
 
 
-def test_the_chat_ends_when_the_budget_denies_a_question(run: Any, provider: LocalProvider) -> None:
+def test_the_chat_program_ends_when_the_budget_denies_a_question(run: Any, provider: LocalProvider) -> None:
     done = run("chat_loop", typed="What is a budget?\n", CHAT_LIMIT="0.001")
     assert done.returncode == 0, done.stderr
     assert "does not fit the budget: exceeds_limit" in done.stdout

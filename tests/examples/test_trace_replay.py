@@ -57,7 +57,7 @@ def test_the_bundled_trace_is_complete() -> None:
     assert "CC-BY 4.0" in TRACE.with_name("README.md").read_text()
 
 
-def test_the_picture_is_drawn_in_the_current_directory_by_default(
+def test_the_picture_is_saved_in_the_current_directory_by_default(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -22,9 +22,9 @@ LOST = "lost"
 
 
 class ScriptedBackground(Background):
-    """Sends nothing; each request receives the next of :attr:`replies`, and exceptions are raised.
+    """Sends nothing: each request takes the next of :attr:`replies`, and raises it if it is an exception.
 
-    A batch receives a list of replies, or :data:`LOST`; a read receives a head and items.
+    The reply to a batch is a list of replies, or :data:`LOST`; the reply to a read is a head and items.
     """
 
     def __init__(self, state: ReplicaState, *replies: Any) -> None:

@@ -10,7 +10,7 @@ from ktrdr_budget import AsyncBudgetLimiter, StoreUnavailable
 
 
 async def open_breaker(limiter: AsyncBudgetLimiter, call: Callable[[], Awaitable[Any]]) -> None:
-    """Make a call that opens the breaker; repeat it only if the event loop was blocked, which is no outage."""
+    """Make a call that opens the breaker. Repeat the call only if the event loop was stalled: a stall is no outage."""
     deadlines = limiter.engine.dispatcher.deadlines
     while limiter.store_state == "closed":
         stalled_before_s = deadlines.stalled_s

@@ -66,7 +66,7 @@ def drive(flow: Flow[Any], *replies: Any, raises: type[Exception] | None = None)
 
 
 def answer(reply: Reply, *due: str, now_us: int = NOW_US) -> tuple[Reply, BatchHead]:
-    """The reply to an operation; ``due``: ids of holds past their deadline, which a batch's head names."""
+    """A reply to an operation, and the head of its batch; ``due``: the ids of overdue holds that the head lists."""
     return reply, BatchHead(now_us, False, 1, None, due)
 
 
@@ -86,7 +86,7 @@ def call_context(
 
 
 def granted_hold(context: CallContext, hold_id: str = "a", **units: int) -> HoldBase:
-    """A hold that the store has granted: whole units per budget."""
+    """A hold that the store has granted; ``units``: the whole units by budget."""
     flow = reserve_units(context, [*units.items()], hold_id, TTL_MS, "c", Labels())
     hold = drive(flow, answer(Granted())).result
     assert isinstance(hold, HoldBase)
@@ -114,7 +114,7 @@ def units_of(hold: HoldBase) -> dict[str, int]:
 
 
 def queued(context: CallContext) -> list[tuple[str, Any]]:
-    """The kinds and requests of the outbox."""
+    """The kind and the request of each entry in the outbox."""
     return [(entry.kind, entry.request) for entry in context.outbox]
 
 
@@ -129,8 +129,8 @@ def answer_status(
     """The reply to a read of one budget's status.
 
     Args:
-        runtime: the record of a limit of run time.
-        sums: ``spent``, ``held`` and others, in whole units.
+        runtime: the stored record of a limit that was set at run time.
+        sums: ``spent``, ``held`` and other figures, in whole units.
     """
     figures = [str(sums.get(name, "")) for name in ("limit", "spent", "held", "unconfirmed", "events", "overruns")]
     return found([*due], [runtime, registered, *figures, ""], now_us=now_us)

@@ -58,7 +58,7 @@ class Cluster:
     Args:
         node_timeout_ms: time without a reply after which a node counts as failed.
         options: command-line options of every node.
-        environment: of every node, such as for a clock that the test controls.
+        environment: environment variables of every node, such as those of a clock that the test controls.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Cluster:
         self._write_topology()
 
     def _write_topology(self) -> None:
-        """Write each node's configuration with all other nodes, which saves the time of CLUSTER MEET."""
+        """Write the list of all nodes into each node's configuration. This is faster than CLUSTER MEET."""
         count = self._initial_masters
         for me in self.nodes:
             lines = []
@@ -160,7 +160,7 @@ class Cluster:
         return next(node for node in self.nodes if node.id == node_id)
 
     def _owners(self, slot: int) -> list[str]:
-        """The ids of the masters of a slot, as the running nodes see it, the most frequent first."""
+        """The ids that running nodes name as the master of the slot, the most frequent first."""
         seen: list[str] = []
         for node in self.running:
             with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
@@ -193,7 +193,7 @@ class Cluster:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def lag(self, master: ClusterNode) -> list[ClusterNode]:
-        """Pause the replicas, so that they lack further writes of the master; return them, to be resumed."""
+        """Pause the replicas, so that they lack further writes of the master; return the paused replicas."""
         hanging = self.replicas(master)
         for replica in hanging:
             replica.pause()
@@ -248,8 +248,8 @@ class Cluster:
     def migrating(self, tenant: str, target: ClusterNode) -> Iterator[Callable[..., str | None]]:
         """Migrate the slot during the block; the target owns it at the end.
 
-        Yields a function that migrates one key, the given one or any, and returns it; ``None`` if none is left. The
-        remaining keys are migrated at the end of the block.
+        Yields a function that migrates one key: the given key, or any key. The function returns the migrated key, or
+        ``None`` if no key is left. The remaining keys are migrated at the end of the block.
         """
         slot, source = slot_of(tenant), self.owner(tenant)
         target.command("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
@@ -316,7 +316,7 @@ def _served(node: ClusterNode) -> set[int]:
 
 
 def _slots(node: ClusterNode) -> Iterator[tuple[int, int, str]]:
-    """First slot, last slot and the master's id of each range, as one node sees it."""
+    """For each range of slots that a node lists: the first slot, the last slot, and the id of the master."""
     for line in str(node.raw("CLUSTER", "NODES")).splitlines():
         node_id, _, flags, _, _, _, _, _, *ranges = line.split()
         if "master" in flags and "fail" not in flags.split(","):

@@ -10,7 +10,7 @@ from typing import Any
 
 @asynccontextmanager
 async def crowd(call: Callable[[], Awaitable[Any]], callers: int) -> AsyncIterator[None]:
-    """Make the call in a loop by this many tasks during the block; an error of a call ends the block."""
+    """During the block, this many tasks make the call in a loop; an error of a call ends the block."""
 
     async def repeat() -> None:
         while not over:

@@ -1,4 +1,4 @@
-"""Checks a dashboard against the types that Grafana's own SDK is generated with.
+"""Checks a dashboard against the types of Grafana's own SDK.
 
 The SDK reads a dashboard leniently: it drops unknown fields, and accepts values of any type. So there are two checks:
 the dashboard is the same after a round trip through the SDK, and each value has the type that the SDK declares for it.
@@ -21,11 +21,11 @@ from grafana_foundation_sdk.models import dashboard
 plugins.register_default_plugins()
 
 ANNOTATION_OF_PROMETHEUS = ("titleFormat", "textFormat", "tagKeys")
-"""Texts that Grafana's Prometheus datasource reads from an annotation; the SDK's type has no datasource's fields."""
+"""Fields of an annotation that Grafana's Prometheus datasource reads; the SDK has no types for them."""
 
 
 def faults(document: dict[str, Any]) -> list[str]:
-    """Deviations of a dashboard from Grafana's schema: paths with their faults."""
+    """The faults of a dashboard by Grafana's schema, each with its path."""
     document = copy.deepcopy(document)
     found = []
     for number, annotation in enumerate(document["annotations"]["list"]):
@@ -46,7 +46,7 @@ def _read(document: dict[str, Any], model: Any, path: str) -> Iterator[str]:
 
 
 def _lost(given: Any, rebuilt: Any, path: str) -> Iterator[str]:
-    """Values lost by the round trip; additional values are defaults."""
+    """The values that the round trip has lost or changed. The values that it has added are defaults, not faults."""
     if isinstance(given, dict) and isinstance(rebuilt, dict):
         for name, value in given.items():
             if name in rebuilt:

@@ -55,7 +55,10 @@ class Method:
     sdk: str
     call: Callable[..., Any]
     shape: str = "plain"
-    """``plain``, ``stream`` (iterated), ``manager`` (entered and iterated) or ``bytes`` (entered and read)."""
+    """How the response is read.
+
+    ``plain``, ``stream`` (iterated), ``manager`` (entered and iterated) or ``bytes`` (entered and read).
+    """
 
     def __str__(self) -> str:
         return self.name

@@ -68,7 +68,10 @@ def public(window: str) -> str:
 
 
 def window_key(client: redis.Redis, budget: str = "agent", window: str | None = None) -> str:
-    """The key of a budget's window with any definition; the key of a daily window in dollars (UTC) if there is none."""
+    """The key of a budget's stored window, whatever its definition is.
+
+    If no such window is stored: the key of a daily window in dollars (UTC).
+    """
     prefix = f"ktrdr:{{default}}:w:{budget}:{window or today(client)}"
     found = list(client.scan_iter(f"{prefix}~*", count=1000))
     assert len(found) <= 1, found
@@ -93,7 +96,7 @@ def sums(client: redis.Redis, budget: str = "agent", window: str | None = None) 
 
 
 def counted(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
-    """A window's use of its limit, in units."""
+    """The units of a window that count against its limit."""
     found = sums(client, budget, window)
     return found["spent"] + found["held"] + found["unconfirmed"]
 
@@ -104,7 +107,7 @@ def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = 
 
 
 def units_of_windows(client: redis.Redis, budget: str) -> list[int]:
-    """The use of each window of a budget, with any definition, without those at zero."""
+    """The units that each window of a budget counts, whatever its definition is; windows at zero are left out."""
     found = []
     for key in client.scan_iter(f"ktrdr:{{default}}:w:{budget}:*", count=1000):
         found.append(sum(int(units or 0) for units in client.hmget(key, "spent", "held", "unconfirmed")))

@@ -25,7 +25,7 @@ class Node:
         self.binary = binary
         self.directory = directory
         self.port = 0
-        """Set by the creator."""
+        """Set by the code that creates the node."""
         self.login: dict[str, Any] = {}
         """User and password of :attr:`client`."""
         self.process: subprocess.Popen[bytes] | None = None

@@ -102,7 +102,7 @@ class OtlpReceiver:
             return list(self._spans)
 
     def wait_named(self, *names: str, within_s: float = WITHIN_S) -> list[Span]:
-        """Wait until each name has a span."""
+        """Wait until a span of each name has arrived; return all spans."""
         return self.wait(lambda spans: set(names) <= {span.name for span in spans}, within_s)
 
     def clear(self) -> None:

@@ -1,8 +1,8 @@
 """Timeouts for a busy machine: calls to a reachable store of this test run have at least twenty seconds.
 
-The ``timeout`` of a limiter applies while its store is unreachable (killed, paused or cut off by the test), and to
-stores outside of this test run. So a test about an outage can have a short deadline, and a machine that stalls for
-seconds before or after the outage does no harm.
+The ``timeout`` of a limiter applies while its store is unreachable (killed, paused or cut off by the test). It always
+applies if the store is outside of this test run. So a test about an outage can have a short deadline, and a machine
+that stalls for seconds before or after the outage does no harm.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def hurried(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def in_haste(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
-    """Set the timeout of a limiter's calls during the block, although its store is reachable."""
+    """Set the timeout of a limiter's calls during the block, and treat its store as unreachable."""
     with away(_url(limiter.engine)), hurried(limiter, timeout_s):
         yield
 
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Apply these timeouts to the limiters that are made during the block."""
+    """Apply the timeouts of this module to each limiter that is made during the block."""
     on_creation.append(_begin)
     try:
         yield

@@ -73,7 +73,10 @@ class Worker:
 def workers(
     script: str, count: int, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[list[Worker]]:
-    """Start ``count`` processes that run one script with ``options`` and their number as ``worker``; all are ready."""
+    """Start ``count`` processes that run the script; yield them when all are ready.
+
+    Each process receives the ``options`` and, as ``worker``, its own number.
+    """
     pairs = [socket.socketpair() for _ in range(count)]
     fds = [theirs.fileno() for _, theirs in pairs]
     nursery = subprocess.Popen(

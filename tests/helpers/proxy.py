@@ -30,14 +30,17 @@ class Proxy:
 
     ``lose_replies``: this many replies to scripts are read from the server, which has executed them, and dropped
     together with their connection. ``lose_requests``: this many scripts are dropped before they reach the server.
-    ``fate``: called for each script; returns "reply" or "request" to lose it.
-    ``lose_all(fate)``: every script is lost that way, until ``lose_all(None)``.
-    ``hold_replies()``: the server executes requests, but its replies are held until ``release_replies()``. Replies to a
-    client's greeting, and NOSCRIPT, pass.
+    ``fate``: a function that is called for each script. It returns "request" to lose the script, or "reply" to lose the
+    reply to the script.
+    ``lose_all("request")``, ``lose_all("reply")``: all scripts, or the replies to all scripts, are lost until
+    ``lose_all(None)``.
+    ``hold_replies()``: the server executes requests, but its replies are held until ``release_replies()``. Only
+    NOSCRIPT errors, and replies to a client's greeting, are passed on.
     ``freeze()``: half-open connections. They stay open and new ones are accepted, but nothing passes in either
     direction until ``thaw()``, which also delivers the data of senders that have disconnected.
-    ``blackhole(count)``: like a NAT that dropped its state, for the oldest connections or all: they stay open on both
-    sides, but everything sent on them vanishes (``requests_ignored`` counts scripts). New connections work.
+    ``blackhole(count)``: the oldest ``count`` connections, or all, behave as behind a NAT that has lost its state. They
+    stay open on both sides, but everything sent on them vanishes (``requests_ignored`` counts the scripts). New
+    connections work.
     ``cut()``: every connection is closed, and every new one as well, until ``mend()``.
     ``delay_s``, ``bytes_per_s``: the delay of each piece of data, and the bandwidth.
 

@@ -10,7 +10,7 @@ from ktrdr_budget.telemetry.tracing import operation_processor
 
 
 class Recorded:
-    """Spans of :attr:`tracer`, which replaces the package's, and of :attr:`other_tracer`."""
+    """The spans of :attr:`tracer`, which replaces the tracer of the package, and of :attr:`other_tracer`."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()

@@ -23,7 +23,7 @@ _PERIOD_S = 0.05
 
 
 async def replayed(limiter: LimiterBase, losses: int = 1) -> None:
-    """Wait until a replica has detected its data loss number ``losses`` and has replayed its journal."""
+    """Wait until a replica has detected ``losses`` data losses in total, and has replayed its journal."""
     repair = limiter.engine.dispatcher.repair
     repair.suspect()
     await until(lambda: limiter.losses == losses and not repair.active)
@@ -31,7 +31,7 @@ async def replayed(limiter: LimiterBase, losses: int = 1) -> None:
 
 @contextmanager
 def recovery_prolonged(client: redis.Redis) -> Iterator[None]:
-    """Keep the store in recovery from its detection to the end of the block, also on a slow machine."""
+    """Prolong each recovery of the store to the end of the block, also on a slow machine."""
     ended = threading.Event()
 
     def prolong() -> None:
@@ -48,7 +48,10 @@ def recovery_prolonged(client: redis.Redis) -> Iterator[None]:
 
 
 async def refused_during_repair(call: Callable[[], Awaitable[object]]) -> StoreUnavailable:
-    """Make a call until its error is the repair: on a slow machine, the reply may be later than the deadline."""
+    """Repeat a call until its error says that the store is being repaired; return this error.
+
+    On a slow machine, a call may exceed its deadline first.
+    """
 
     async def refused() -> StoreUnavailable | None:
         try:

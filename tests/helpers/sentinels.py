@@ -29,9 +29,9 @@ class SentinelGroup:
 
     Args:
         down_after_ms: time without a reply after which a sentinel considers the master down.
-        user: the user of clients and servers; needs ``password``. The default user is off then.
-        password: of the user, or of the default user.
-        sentinel_password: of the sentinels' default user.
+        user: the user name of clients and servers; requires ``password``, and disables the default user.
+        password: the password of ``user``, or of the default user.
+        sentinel_password: the password of the default user of the sentinels.
         options: command-line options of the master and the replicas.
     """
 
@@ -205,7 +205,7 @@ class SentinelGroup:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def lag(self) -> list[Node]:
-        """Pause the replicas, so that they lack further writes of the master; return them, to be resumed.
+        """Pause the replicas, so that they lack further writes of the master; return the paused replicas.
 
         Sentinels consider a replica down after ``down_after_ms``, and wait for it.
         """

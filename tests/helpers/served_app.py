@@ -14,7 +14,7 @@ from .waiting import until
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """Serve the app; its host and port."""
+    """Serve the app during the block; yield ``host:port``."""
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="websockets-sansio", access_log=False)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())

@@ -8,7 +8,7 @@ from types import TracebackType
 
 TICK_S = 0.005
 TICK_MAX_S = 0.02
-"""The longest time that counts for one tick: a later wake-up is a stall of the process."""
+"""The most that one tick can count. If the thread wakes up later, the process was stalled."""
 
 
 class Stopwatch:

@@ -23,13 +23,13 @@ def current_port(limiter: AsyncBudgetLimiter) -> int | None:
 
 
 def own_connections(limiter: AsyncBudgetLimiter) -> list[Any]:
-    """The open connections that were taken over from redis-py; none if batches go through its client."""
+    """The open connections that the package has taken over from redis-py; none if batches use redis-py's client."""
     node = store_of(limiter).node
     return [] if node is None else list(node.connections.opened)
 
 
 def idle_connections(limiter: AsyncBudgetLimiter) -> list[Any]:
-    """The idle connections: those taken over, and those of redis-py's client."""
+    """The idle connections: those taken over from redis-py, and those of redis-py's client."""
     node = store_of(limiter).node
     assert node is not None
     return [*node.connections.idle, *node.client.connection_pool.idle]

@@ -13,7 +13,7 @@ PACKAGES = ("tests", "ktrdr_budget", "benchmarks", "scripts")
 
 
 def is_unit_test(item: pytest.Item) -> bool:
-    """Whether a test is free of fixtures and helpers that start processes, and not marked ``slow`` or ``server``."""
+    """Whether a test starts no process, by its fixtures and imports, and is not marked ``slow`` or ``server``."""
     if item.get_closest_marker("slow") or item.get_closest_marker("server"):
         return False
     module = getattr(item, "module", None)
@@ -21,7 +21,7 @@ def is_unit_test(item: pytest.Item) -> bool:
 
 
 def _uses_subprocess(module: ModuleType | None) -> bool:
-    """Whether a test module imports ``subprocess``, itself or through the modules of this repository that it uses."""
+    """Whether a test module imports ``subprocess``, directly or through other modules of this repository."""
     waiting, seen = [module], set()
     while waiting:
         current = waiting.pop()

@@ -16,6 +16,6 @@ _DEFINITIONS = {DOLLARS: "usd,day,UTC,spend", COUNT: "tokens,day,UTC,spend", SLO
 
 
 def make_window(budget: str = "agent", flag: str = DOLLARS, **options: Any) -> Window:
-    """The window of a budget on that day; ``ever`` for slots."""
+    """The window of a budget on the fixed day; the endless window for slots."""
     options = {"definition": _DEFINITIONS[flag], **options}
     return Window(KEYS, budget, EVER if flag == SLOTS else DAY, flag, **options)

@@ -58,7 +58,7 @@ def test_the_worst_case_is_the_cost_of_the_maximum_input_and_output_tokens(price
     assert pricer.worst_cases == [("acme", "road", 1000, 100, NOW, {})], "a simple pricer needs no options"
 
 
-def test_the_pricer_gets_the_service_tier_and_the_other_units_of_the_request(pricer):
+def test_the_pricer_gets_the_service_tier_and_the_web_searches_of_the_request(pricer):
     pricing(pricer, "flex", web_searches=5)
     assert pricer.worst_cases[0][-1] == {"service_tier": "flex", "other_max": {"web_searches": 5}}
 

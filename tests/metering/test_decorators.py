@@ -158,7 +158,7 @@ async def test_a_cancelled_function_commits_the_accrued_amount(client, limiter):
 async def test_the_ledger_label_is_the_function_name_or_the_operation(limiter):
     @budgeted("agent", estimate="0.01", limiter=limiter)
     async def research():
-        """Finds out."""
+        """Researches a topic."""
 
     @budgeted("agent", estimate="0.01", limiter=limiter, operation="digging")
     async def dig(): ...
@@ -167,7 +167,7 @@ async def test_the_ledger_label_is_the_function_name_or_the_operation(limiter):
     await dig()
     labels = [entry.operation for entry in await limiter.ledger("agent")]
     assert labels == ["digging", "test_the_ledger_label_is_the_function_name_or_the_operation.<locals>.research"]
-    assert (research.__name__, research.__doc__) == ("research", "Finds out.")
+    assert (research.__name__, research.__doc__) == ("research", "Researches a topic.")
     assert asyncio.iscoroutinefunction(research)
 
 

@@ -53,7 +53,7 @@ def test_the_error_message_names_the_invalid_argument(budget, estimate, options,
         check(budget, estimate, **options)
 
 
-def test_a_function_as_the_estimate_is_rejected_unless_the_estimate_is_computed_at_each_call():
+def test_a_function_is_rejected_as_the_estimate_unless_functions_are_allowed():
     with pytest.raises(InvalidAmount):
         check("agent", lambda: "0.15")
 

@@ -196,7 +196,7 @@ def _sync_words(meter):
 async def test_closing_a_generator_in_a_different_task_causes_no_error_in_the_log_or_the_span(
     recorded, reader, meter, server, caplog
 ):
-    """openlit #1369, opentelemetry-python #2606."""
+    """Reported in openlit #1369 and opentelemetry-python #2606."""
     words = _words(meter)
     await asyncio.create_task(anext(words))
     await asyncio.create_task(words.aclose())
@@ -279,7 +279,7 @@ async def test_the_charged_tokens_callback_receives_the_reported_tokens_of_a_cal
     assert counted == [1020]
 
 
-async def test_a_call_with_current_false_can_end_in_a_different_task(recorded, meter, caplog):
+async def test_a_call_that_is_not_the_current_span_can_end_in_a_different_task(recorded, meter, caplog):
     call = meter.call(**CALL, current=False)
     with span("request"):
         await call.__aenter__()

@@ -1,4 +1,4 @@
-"""A metered call outside a hold, async and sync: reserved before, reported while it runs, settled after."""
+"""A metered call outside a hold, async and sync: it reserves at the start, reports usage, and settles at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUDGETS = [
 PRICES = Prices([ModelPrice("acme", "road", "10", "50", cached_input="1", cache_write="12.5")])
 CALL = {"provider": "acme", "model": "road", "input_tokens_max": 2000, "output_tokens_max": 1000}
 WORST = 2000 * 12_500 + 1000 * 50_000
-"""Nano-dollars: input may be written to a cache."""
+"""In nano-dollars. All input has the cache-write price, since input may be written to a cache."""
 
 
 class BlockError(Exception):

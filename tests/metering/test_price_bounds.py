@@ -113,7 +113,7 @@ def test_a_usage_never_costs_more_than_the_worst_case_of_a_configured_price(usag
 
 
 @pytest.mark.parametrize("input_tokens", [0, 1])
-def test_tokens_are_refused_if_the_listed_model_has_no_price_for_tokens_of_this_kind(input_tokens):
+def test_input_or_output_tokens_are_refused_if_the_listed_model_has_no_price_for_them(input_tokens):
     now = datetime(2026, 11, 23, tzinfo=UTC)
     listed = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few have other names only
     assert len(listed) > 2000

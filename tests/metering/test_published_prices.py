@@ -1,10 +1,11 @@
 """Costs compared with the prices that providers publish.
 
 The figures below were copied from the named pages, not from the price list, and the sums are computed independently.
-The pages were read on 2026-11-23 in stored copies: Anthropic's and OpenAI's of 2026, xAI's of 2026, DeepSeek's of
-September 2025 (which ends the prices below on 2025-09-05). Google's page is the transcript of 2026-10-07 at
-https://github.com/api-evangelist/deepmind (plans/deepmind-plans-pricing.yml); its cached input and the output of 2.5
-Pro are quotations of the same page at https://discuss.ai.google.dev/t/107349.
+The pages were read on 2026-11-23 in stored copies. The copies of Anthropic's, OpenAI's and xAI's pages are of 2026.
+The copy of DeepSeek's page is of September 2025; the DeepSeek prices below ended on 2025-09-05. Google's page was read
+in the transcript of 2026-10-07 at https://github.com/api-evangelist/deepmind (plans/deepmind-plans-pricing.yml). Its
+prices of cached input, and the output price of Gemini 2.5 Pro, are from a quotation of the same page at
+https://discuss.ai.google.dev/t/107349.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class Published:
     input: str
     output: str
     cached: str
-    """Empty if the copy of the page does not show it."""
+    """Empty if the copy of the page shows no price of cached input."""
     write: str = ""
     write_1h: str = ""
     tier: str = ""
     long_from: int = 0
-    """The prices apply to calls with more input tokens than this."""
+    """The prices apply to calls with more than this number of input tokens."""
     at: datetime = READ
 
     def __str__(self) -> str:

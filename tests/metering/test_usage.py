@@ -38,5 +38,5 @@ def test_the_cached_tokens_of_a_usage_can_equal_the_input_tokens():
     assert usage.cache_read_tokens + usage.cache_write_tokens == usage.input_tokens
 
 
-def test_a_usage_with_other_counts_can_be_a_dictionary_key():
+def test_a_usage_with_web_searches_can_be_a_dictionary_key():
     assert {Usage(1, other={"web_searches": 1}): "a"}[Usage(1, other={"web_searches": 1})] == "a"

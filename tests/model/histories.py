@@ -83,7 +83,7 @@ scalars = amount_for("agent", zero=True)
 
 
 class Choice(NamedTuple):
-    """Arguments for a call about a hold, drawn before it is known which budgets the hold has."""
+    """Arguments for a call about a hold. They are drawn before the budgets of the hold are known."""
 
     form: str
     chosen: set[str]
@@ -93,7 +93,7 @@ class Choice(NamedTuple):
     operator: bool
 
     def amounts(self, names: Iterable[str], *, none: bool = True) -> Any:
-        """Nothing, a scalar if it is unambiguous, or a mapping of some of the budgets."""
+        """``None``, a scalar if its budgets are unambiguous, or a mapping of some of the budgets."""
         if self.form == "nothing" and none:
             return None
         if self.form == "scalar":

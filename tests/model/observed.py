@@ -13,7 +13,7 @@ import redis
 from ..helpers.keyspace import entry_of
 
 NOISE_MS = 50
-"""A bound on the lead of a server's frozen clock, in milliseconds."""
+"""The frozen clock of a server still moves a little: it is ahead by at most this many milliseconds."""
 FINGERPRINT = re.compile("~[a-z2-7]{6}")
 STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
@@ -21,7 +21,7 @@ PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 
 
 def units(amount) -> int | None:
-    """Nano-dollars of decimal dollars; counts unchanged."""
+    """Convert decimal dollars to nano-dollars; leave counts unchanged."""
     if isinstance(amount, Decimal):
         exact = Fraction(amount) * 10**9
         assert exact.denominator == 1, amount
@@ -66,7 +66,7 @@ def agree(real: dict, model: dict) -> None:
 
 
 def retry_after_agrees(real: int | None, model_ms: int | None) -> bool:
-    """Whether the real figure is the model's in whole seconds, rounded up and at least one."""
+    """Whether the real value is the model's, rounded up to whole seconds, and at least one second."""
     if model_ms is None or real is None:
         return real is None and model_ms is None
     return real in {max(1, -(-(model_ms + noise) // 1000)) for noise in (-NOISE_MS, 0, NOISE_MS)}
@@ -118,7 +118,7 @@ class RawStore:
         return {name: int(stored.get(name) or 0) for name in ("spent", "held", "unconfirmed")}
 
     def open_weights(self) -> dict[str, int]:
-        """The sum of held units by the records of open holds, by window."""
+        """The held units of each window, summed over the records of open holds."""
         weights: dict[str, int] = {}
         for record in self.holds.values():
             head, *segments = record.split("|")
@@ -131,12 +131,12 @@ class RawStore:
         return weights
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """State and deadline of each hold, by id; an open one may be past its deadline."""
+        """The state and the deadline of each hold, by id; an open hold may be past its deadline."""
         heads = {hold_id: record.split(" ", 3) for hold_id, record in self.holds.items()}
         return {hold_id: (STATES[state], int(deadline)) for hold_id, (state, _, deadline, _) in heads.items()}
 
     def check_it_adds_up(self) -> None:
-        """P11, for every window."""
+        """P11: the sums of every window equal its ledger and its open holds."""
         weights = self.open_weights()
         assert weights.keys() <= self.windows.keys()
         for window in self.windows:

@@ -33,7 +33,7 @@ GRANT_FIELDS = ("id", "state", "amounts", "accrued", "windows", "expires_at")
 
 
 class Call(NamedTuple):
-    """One call to a replica with its counterpart on the model; `requested`: the budgets of a reservation."""
+    """A call to a replica (`make`), and the same call on the model (`expect`); `requested`: budgets to reserve."""
 
     replica: int
     make: Callable[[AsyncBudgetLimiter], Awaitable]
@@ -47,7 +47,7 @@ def units_by_name(amounts: Mapping) -> dict[str, int]:
 
 
 def amounts_in_units(given, names) -> object:
-    """Amounts for the model: None, whole units of a scalar, or a mapping of them."""
+    """Amounts for the model: None, a scalar in whole units, or a mapping to whole units."""
     if given is None or isinstance(given, Mapping):
         return given if given is None else units_by_name(given)
     return units_of(given, "usd" if any(BY_NAME[name].unit == "usd" for name in names) else "count")
@@ -89,7 +89,7 @@ class Pair:
         self.advance(2 * NOISE_MS)  # else its start may be in the future, by the noise of the clock
 
     def advance(self, milliseconds: int) -> None:
-        """Advance the clock; a little further if an event would lie within the noise of the clock."""
+        """Advance the clock; a little further if the new time would be within the clock's noise of an event."""
         while any(abs(self.model.now_ms + milliseconds - at) < 100 for at in self.model.instants()):
             milliseconds += 200
         self.model.advance(milliseconds)
@@ -156,7 +156,8 @@ class Pair:
     def at_once(self, calls: list[Call]) -> None:
         """Make calls concurrently, and check that some order of their decisions explains all replies.
 
-        It is the given order, unless a call needed a second request: its window had ended, or due holds took the room.
+        The order is usually the given one. It may differ if a call needed a second request, because its window had
+        ended or because due holds took the room.
         """
 
         async def together():
@@ -189,7 +190,7 @@ class Pair:
         raise failures[0]
 
     def _compare_states(self) -> None:
-        """Check states and deadlines: if two calls changed a hold, only the store shows the last one."""
+        """Check states and deadlines. If two calls changed a hold, only the stored record shows the later change."""
         for known, (state, deadline_ms) in RawStore(self.client).states().items():
             hold = self.model.holds.get(known)
             assert hold is not None, known
@@ -198,7 +199,7 @@ class Pair:
             assert state != "open" or abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)
 
     def _apply_limits(self, calls: list[Call]) -> None:
-        """Take limits from the store: the first request of a call that needed two may have asserted its limit."""
+        """Take limits from the store: if a call needed two requests, its first request may have asserted a limit."""
         for number, name in {(call.replica, name) for call in calls for name in call.requested}:
             window = self.model.window(name)
             limit = self.model.configured[number][name]

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 DAY_MS = 86_400_000
 CLOSED = 2**53
-"""A window whose sum reaches this many units admits nothing; an uncapped budget admits up to one unit less."""
+"""A window whose sum reaches this many units admits nothing. So an uncapped budget admits up to one unit less."""
 LONGEST_HOLD_MS = DAY_MS
 ID_MEMORY_MS = DAY_MS
 
@@ -63,7 +63,7 @@ def window_bounds(period: str, timezone: str, at_ms: int) -> tuple[int, int | No
 
 
 _bounds: dict[tuple[str, str, str], tuple[int, int]] = {}
-"""Found bounds: a bisection takes some milliseconds, and each step of a history asks for those of all budgets."""
+"""The bounds found so far. A bisection takes milliseconds, and each step of a history needs all bounds."""
 
 
 def _find_bounds(period: str, timezone: str, name: str, at_ms: int) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class WindowModel:
     overruns: int = 0
     asserted: int | None = None
     asserted_by: int = -1
-    """The replica that asserted the configured limit, by order of start; -1: none yet."""
+    """The number of the replica that asserted the configured limit, in the order of start; -1 if none has done so."""
     ledger: list[tuple[str, str, int, str]] = field(default_factory=list)
     """(kind, hold id, signed amount, operation), oldest first."""
 
@@ -129,7 +129,7 @@ class Part:
 
     @property
     def weight(self) -> int:
-        """The units that an open hold counts."""
+        """The units that count as held while the hold is open."""
         return self.reserved if self.slots else max(self.reserved, self.accrued)
 
 
@@ -147,13 +147,13 @@ class HoldModel:
     by_operator: bool = False
     settled_ms: int | None = None
     journalled_ms: int | None = None
-    """The time of the first settlement, if a loss has changed ``settled_ms``."""
+    """The time of the first settlement, if a data loss has changed ``settled_ms``."""
     serial: int = 0
-    """Distinguishes holds that had the same id, one after the store had dropped the other."""
+    """Distinguishes holds with the same id: the store drops an id some time after its settlement."""
 
     @property
     def resolved(self) -> bool:
-        """Whether it is settled for good, unlike after expiry or a release by an operator."""
+        """Whether the hold is settled for good. Expiry and a release by an operator are not final."""
         return self.state in ("committed", "recorded") or (self.state == "released" and not self.by_operator)
 
 
@@ -205,9 +205,9 @@ class Reference:
         self.windows: dict[tuple[str, str], WindowModel] = {}
         self.holds: dict[str, HoldModel] = {}
         self.runtime: dict[str, tuple[int | None, int | None]] = {}
-        """Limit and its end, by budget; None: uncapped, without end."""
+        """The limit set at run time for each budget, and the end of this limit; None means uncapped, or without end."""
         self.configured: list[dict[str, int | None]] = []
-        """Configured limits of each replica, by order of start."""
+        """The configured limits of each replica, in the order of start."""
         self.grants = 0
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class Reference:
         return found or WindowModel(budget, key, window_bounds(budget.period, budget.timezone, self.now_ms)[1])
 
     def limit(self, window: WindowModel, replica: int | None = None) -> int | None:
-        """The limit in force; with `replica`, the one after this replica has asserted its own."""
+        """The limit in force; with `replica`, the limit after this replica has asserted its configured limit."""
         name = window.budget.name
         if name in self.runtime:
             return self.runtime[name][0]
@@ -274,19 +274,19 @@ class Reference:
         self.windows[window.budget.name, window.name] = window
 
     def assert_limit(self, window: WindowModel, replica: int) -> None:
-        """Assert a configured limit; that of the replica that started last stays in force."""
+        """Assert a configured limit. The limit of the replica that started last stays in force."""
         if replica >= window.asserted_by:
             window.asserted, window.asserted_by = self.configured[replica][window.budget.name], replica
 
     def _check_room(
         self, needs: list[tuple[WindowModel, int, int, int | None]], hold: HoldModel | None = None, weight: Mapping = {}
     ) -> None:
-        """Raise `Refused` for the first window, in the order given, without room.
+        """Raise `Refused` for the first window without room, in the order given.
 
         Args:
-            needs: windows with the units to admit, the units counted without admission, and the limit in force.
+            needs: each window with the units to admit, the units counted without admission, and the limit in force.
             hold: the hold to grow, if any.
-            weight: the units that it would count then, by budget.
+            weight: the units that the grown hold would count, by budget.
         """
         for window, need, fact, limit in needs:
             cap = CLOSED - 1 if limit is None else limit
@@ -323,9 +323,9 @@ class Reference:
         return min(returns) - self.now_ms if returns else None
 
     def _first_return(self, window: WindowModel, but: HoldModel | None, searched: int) -> list[int]:
-        """The next deadline of another open hold of the window, if it is among the next ``searched`` of all.
+        """The next deadline of another open hold of the window, among the ``searched`` open holds that are due first.
 
-        A replica searches 128, but may have cached the deadline when there were fewer.
+        A replica searches 128 holds. It may have cached the deadline at a time when there were fewer.
         """
         due = [hold for hold in self.holds.values() if hold.state == "open"]
         due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:searched]
@@ -376,7 +376,7 @@ class Reference:
         return Grant(known, replayed=True)
 
     def record(self, amounts: Mapping[str, int], id: str, operation: str = "") -> Settled:
-        """Record spend, which is a fact and never refused for lack of room."""
+        """Record spend. The amount is already spent, so the call is never refused for lack of room."""
         known = self.holds.get(id)
         if known:
             if known.state != "recorded" or {name: part.requested for name, part in known.parts.items()} != dict(
@@ -413,7 +413,7 @@ class Reference:
         return Settled("committed", actual, False, overruns, late)
 
     def commit_mine(self, worker: Worker, amounts: object = None) -> Settled:
-        """Commit by the hold object. A settled id that was dropped is unknown, and nothing is charged again."""
+        """Commit by the hold object. If its settled id was dropped, the hold is unknown and is not charged again."""
         settled = self.commit(worker.id, amounts, worker.accrued)
         worker.settled = True
         return settled
@@ -425,7 +425,7 @@ class Reference:
         return settled
 
     def leave(self, worker: Worker, *, failed: bool, keep: bool) -> None:
-        """The end of `with limiter.hold(…)`; `keep`: on_error="charge"."""
+        """Apply the end of `with limiter.hold(…)`; `keep` stands for on_error="charge"."""
         if worker.settled:
             return
         used = any(worker.accrued.values())
@@ -477,7 +477,7 @@ class Reference:
             self._spend(hold, part, "correction", actual)
 
     def _spend(self, hold: HoldModel, part: Part, kind: str, actual: int) -> None:
-        """Count as spent; the ledger entry is the difference to the charge so far."""
+        """Count an amount as spent; the ledger entry is its difference to the previous charge."""
         self._enter(part, kind, hold, actual - part.charged)
         part.window.spent += actual
         part.window.events += 1
@@ -529,7 +529,7 @@ class Reference:
         *,
         keep: bool = False,
     ) -> HoldModel:
-        """Apply a heartbeat with cumulative `accrued`, or growth to `totals`; `keep`: keep the deadline if open."""
+        """Apply a heartbeat with total `accrued`, or growth to `totals`; `keep`: an open hold keeps its deadline."""
         hold = self._known(id)
         accrued, totals = accrued or {}, totals or {}
         if not (accrued.keys() | totals.keys()) <= hold.parts.keys():
@@ -568,7 +568,7 @@ class Reference:
         return hold
 
     def grow_mine(self, worker: Worker, more: Mapping[str, int]) -> HoldModel:
-        """Grow by the hold object: add to the reserved amount, including growth by others."""
+        """Grow by the hold object: add `more` to the reserved amount, which includes growth by other callers."""
         known = self.holds.get(worker.id)
         if known is None or known.resolved or known.by_operator:
             return self.extend(worker.id, worker.ttl_ms, keep=True)  # refused
@@ -654,7 +654,7 @@ class Reference:
         )
 
     def spread(self, names: Iterable[str], amount: object) -> dict[str, int]:
-        """Amounts by budget: a scalar applies to all budgets in dollars, or else to the only count."""
+        """Amounts by budget. A scalar applies to all budgets in dollars; if there are none, to the only count."""
         if isinstance(amount, Mapping):
             return dict(amount)
         dollars = [name for name in names if self.budgets[name].unit == "usd"]

@@ -1,8 +1,8 @@
 """Replicas in several processes make random calls about the same ids; then the whole history is checked.
 
 The order of the store's decisions cannot be observed, but each decision lies between the start and the end of its call.
-So each grant is checked against the least that can have counted meanwhile, each denial against the most, and the final
-figures against the acknowledged calls.
+So a grant is checked against the least amount that can have counted during the call, and a denial against the most. The
+final figures are checked against the acknowledged calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CallsOfId:
         return low, high
 
     def _settled(self, budget: str, began: int, ended: int) -> tuple[int, int]:
-        """The least and the most that recorded spend can have counted, as :meth:`counted` for holds."""
+        """The least and the most that recorded spend can have counted in a budget between two instants, in units."""
         low = high = 0
         for settlement in self.settlements:
             spent = settlement["settled"].get(budget, 0)
@@ -98,7 +98,7 @@ def test_in_random_concurrent_histories_no_grant_exceeds_the_cap_and_each_id_is_
 
 
 def check_each_id_is_applied_once(history: list[dict], by_id: dict[str, CallsOfId]) -> None:
-    """P3: each id is granted and settled at most once; each replay has the contents of such a call."""
+    """P3: each id is granted and settled at most once; each replay has the contents of the call that it repeats."""
     for hold_id, calls in by_id.items():
         assert len(calls.grants) <= 1, (hold_id, calls.grants)
         # The release of an expired hold by id is not final: its worker may commit the hold later, once.
@@ -115,7 +115,7 @@ def check_each_id_is_applied_once(history: list[dict], by_id: dict[str, CallsOfI
 
 
 def check_no_grant_exceeds_the_cap(by_id: dict[str, CallsOfId]) -> None:
-    """P1: each grant fits with the least that can have counted at its decision."""
+    """P1: each grant fits the cap, given the least that the other ids can have counted at the decision."""
     for hold_id, calls in by_id.items():
         for grant in calls.grants:
             for budget, units in grant["amounts"].items():
@@ -139,7 +139,7 @@ def bounds(by_id: dict[str, CallsOfId], budget: str, call: dict, but: str = "") 
 
 
 def check_final_figures_are_those_acknowledged(store: RawStore, by_id: dict[str, CallsOfId]) -> None:
-    """P11, and the sums and ledgers contain exactly the acknowledged spend."""
+    """P11 holds, and the sums and ledgers contain exactly the acknowledged spend."""
     store.check_it_adds_up()
     store.check_keys_expire()
     for budget in LIMITS:

@@ -1,4 +1,4 @@
-"""Random histories of replicas that define one budget differently and migrate it, against a small model."""
+"""Random histories, compared with a small model: replicas define one budget differently, and migrate it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DEFINITIONS = (
     {"timezone": "Asia/Kathmandu"},
     {"unit": "tokens"},
 )
-"""Applied to endless windows, so no window ends during a history."""
+"""Each definition is used with an endless window, so no window ends during a history."""
 REPLICAS = (0, 0, 1, 2, 3)
-"""The definition of each replica; two have the same one."""
+"""The definition of each replica, by number; the first two replicas have the same definition."""
 LIMIT = 10
 
 
 @dataclass
 class Model:
-    """The registered definition, and the counted amount of each definition's window."""
+    """The registered definition, and the counted amount in the window of each definition."""
 
     registered: int | None = None
     counted: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(len(DEFINITIONS)), 0))
     holds: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Definition and amount of each open hold, by id."""
+    """The definition and the amount of each open hold, by id."""
 
     def admits(self, definition: int) -> bool:
         return self.registered in (None, definition)
@@ -54,7 +54,7 @@ class Model:
         return "done"
 
     def settle(self, hold_id: str, amount: int) -> str:
-        """Settle in the window that admitted, whatever is registered."""
+        """Settle in the window in which the hold was granted, even if another definition is registered now."""
         definition, before = self.holds.pop(hold_id)
         self.counted[definition] += amount - before
         return "done"

@@ -108,7 +108,7 @@ class Histories(RuleBasedStateMachine):
         return list(hold.parts) if hold else ["agent"]
 
     def _hold(self, place: int):
-        """One of the granted holds, the last at place 0; nothing if the store gave its id to another hold."""
+        """The granted hold at a place; place 0 is the latest. None if the store has given its id to another hold."""
         if not self.granted:
             return None
         real, worker = self.granted[-1 - place % len(self.granted)]
@@ -140,7 +140,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(number=numbers, place=places, ttl=ttls, order=st.permutations(list(BY_NAME)), other=st.booleans())
     def reserve_again(self, number, place, ttl, order, other):
-        """Reserve with a known id, and the same contents in another order or other contents."""
+        """Reserve with a known id: with the same amounts in another order, or with other amounts."""
         hold = self._hold(place)
         known = hold and self.model.holds.get(hold[1].id)
         if not known or not all(part.requested for part in known.parts.values()):
@@ -159,7 +159,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def reserve_many(self, number):
-        """Make more holds than one reply lists as due."""
+        """Make more holds than one reply can list as due."""
         number, serial = self._replica(number), self.model.grants
         for place in range(40):
             call = self._reservation(number, {"open-ended": "0.0000001"}, f"many_{serial}_{place}", 61, "release")

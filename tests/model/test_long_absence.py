@@ -23,7 +23,7 @@ BUDGETS = [
 
 @pytest.fixture
 async def limiter(clocked_server):
-    """A limiter started at noon, by a frozen clock."""
+    """A limiter that starts at noon; the clock of its store is frozen."""
     clocked_server.set(NOON, frozen=True)
     async with AsyncBudgetLimiter(clocked_server.url, BUDGETS, timeout=30) as made:
         yield made

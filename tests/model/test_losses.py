@@ -51,7 +51,7 @@ class Losses(Histories):
             self.runner.run(limiter.statuses())
 
     def _drop_settled_holds(self) -> None:
-        """Make each replica drop holds that others have settled from its journal, as it does at intervals."""
+        """Make each replica drop from its journal the holds that others have settled, as it does at intervals."""
         for limiter in self.pair.limiters:
             check = limiter.engine.dispatcher.repair.check_holds
             if isinstance(limiter, Threaded):
@@ -60,7 +60,7 @@ class Losses(Histories):
                 self.runner.run(check())
 
     def _apply_loss_to_model(self, repaired_ms: int) -> None:
-        """Take from the store the figures that a repair cannot restore."""
+        """Copy into the model the stored figures that a repair cannot restore."""
         store = RawStore(self.pair.client)
         for hold in self.model.holds.values():
             if hold.settled_ms is not None:  # the store keeps its id for another day
@@ -84,7 +84,7 @@ class Losses(Histories):
 
     @staticmethod
     def _apply_record_to_model(hold: HoldModel, record: str) -> None:
-        """Take deadline and totals from the record: the settling replica may lack an extension by another one."""
+        """Copy deadline and totals from the replayed record, which may lack an extension by another replica."""
         head, *segments = record.split("|")
         hold.deadline_ms = int(head.split(" ")[2])
         for segment, part in zip(segments, hold.parts.values(), strict=True):

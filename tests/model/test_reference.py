@@ -1,4 +1,4 @@
-"""The reference model itself: the figures of the contract, and random calls after which it adds up."""
+"""The reference model itself: figures of the contract, and random calls after which the sums of the model add up."""
 
 from __future__ import annotations
 

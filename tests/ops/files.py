@@ -31,5 +31,5 @@ def read_dashboard() -> dict[str, Any]:
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    """The panels of a dashboard, without its rows."""
+    """The panels of a dashboard, without the rows that group them."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from ..helpers.otlp_receiver import OtlpReceiver, Span, trace_of
 
 Answer = Callable[[str], Any]
-"""Returns the document of a path; ``None`` for 404."""
+"""Returns the document for a path; ``None`` for status 404."""
 
 
 def jaeger(receiver: OtlpReceiver) -> Answer:
@@ -68,7 +68,7 @@ def grafana(dashboard: Path) -> Answer:
 
 @contextmanager
 def answering(answer: Answer) -> Iterator[str]:
-    """Serve the replies on a free port; yield the URL."""
+    """Serve the documents that ``answer`` returns, on a free port; yield the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -80,7 +80,7 @@ def answering(answer: Answer) -> Iterator[str]:
             self.wfile.write(content)
 
         def log_message(self, *words: object) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

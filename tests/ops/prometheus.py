@@ -16,7 +16,7 @@ from .files import ALERTS, PROMETHEUS, read_yaml
 
 
 class Prometheus:
-    """A Prometheus with the stack's configuration, other targets, and a scrape interval in seconds."""
+    """A Prometheus with the stack's configuration, except for the targets and the scrape interval (in seconds)."""
 
     def __init__(self, directory: Path, targets: list[str], interval: float = 0.5, rules: Path = ALERTS) -> None:
         config = read_yaml(PROMETHEUS)

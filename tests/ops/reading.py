@@ -1,7 +1,7 @@
 """Read panels as a person sees them, with Grafana's own library: the npm package @grafana/data (Apache License 2.0).
 
-It is bundled once, with the script that uses it, into the environment that runs the tests. No Grafana and no browser is
-needed.
+The package and the script that uses it are bundled once. The bundle is kept in the environment that runs the tests.
+Neither Grafana nor a browser is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEP_S = 60
 
 
 def bundled() -> Path:
-    """Return the script bundled with its dependencies; build it if it is missing."""
+    """Return the path of the script bundled with its dependencies; build the bundle if it is missing."""
     digest = hashlib.sha256(PACKAGE.read_bytes() + SCRIPT.read_bytes()).hexdigest()[:12]
     cache = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path.home() / ".cache" / "ktrdr-budget"
     made = cache / "grafana" / f"read-{digest}.cjs"
@@ -50,7 +50,7 @@ def bundled() -> Path:
 
 
 def run(words: list[str], directory: Path) -> None:
-    """Run a command; missing packages skip the tests, in CI they fail them."""
+    """Run a command. If the command fails, the test is skipped; in CI, the test fails."""
     done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         reason = f"{Path(words[0]).name}: {(done.stderr or done.stdout)[-500:]}"

@@ -22,7 +22,7 @@ FREE_PORTS = ("--port", "0", "--replica-port", "0", "--prometheus-port", "0")
 
 
 def environment(**variables: Any) -> dict[str, str]:
-    """The environment of this process, with these variables instead of its settings of the service."""
+    """The environment of this process, with ``variables`` in place of all settings of the service."""
     names = ("KTRDR_", "AGENT_", "OTEL_", "PROMETHEUS_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     return {**clean, **{name: str(value) for name, value in variables.items()}}

@@ -71,7 +71,7 @@ def test_each_alert_has_a_severity_and_a_runbook(rule):
     assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_alert_rules_take_the_minimum_or_maximum_of_gauges_and_the_sum_of_counters():
+def test_alert_rules_take_the_sum_of_counters_but_the_minimum_or_maximum_of_gauges():
     for rule in RULES:
         for name in re.findall(r"ktrdr_budget_\w+", rule["expr"]):
             if name == "ktrdr_budget_store_up":  # per replica, to name the replica that cannot reach the store

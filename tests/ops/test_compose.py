@@ -54,7 +54,7 @@ def variables(service: dict[str, Any]) -> dict[str, str | None]:
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, str]:
-    """The variables with a value."""
+    """The environment variables of a service that have a value."""
     return {name: str(value) for name, value in variables(service).items() if value is not None}
 
 
@@ -325,7 +325,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def copied() -> list[str]:
-    """The files that the image is built from, except those of its own stages."""
+    """The files that are copied into the image from this repository, not from another build stage."""
     words = [rest.split() for name, rest in instructions() if name == "COPY" and "--from" not in rest]
     return [source for sources in words for source in sources[:-1]]
 

@@ -106,7 +106,7 @@ def test_the_schema_check_detects_an_invalid_field(dashboard, path, value, expec
 
 
 def test_the_values_of_series_overrides_match_the_schema(dashboard):
-    """The schema allows any value in an override, so each value is checked at its target."""
+    """The schema allows any value in an override, so each value is checked as a default of its panel."""
     for shown in panels(dashboard):
         for override in shown["fieldConfig"]["overrides"]:
             changed = copy.deepcopy(dashboard)
@@ -123,7 +123,7 @@ def test_each_override_matches_a_series_of_its_panel(dashboard):
 
 
 def names_of(legend: str) -> set[str]:
-    """The possible names of series for a legend, by its label."""
+    """The names that series with this legend can have; the label in the legend decides."""
     values = {
         "outcome": {outcome for outcome, _ in OUTCOMES} | set(CYCLE_OUTCOMES),
         "phase": {*PHASES, *MODEL_PHASES},

@@ -22,7 +22,7 @@ def run(tmp_path: Path, tools: Path) -> subprocess.CompletedProcess[str]:
 
 
 def go(tmp_path: Path, script: str) -> Path:
-    """A directory with a ``go`` that runs this script."""
+    """A directory with a command ``go`` that runs the given script."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "go").write_text(f"#!/bin/sh\n{script}\n")

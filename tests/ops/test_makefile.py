@@ -82,14 +82,14 @@ def test_make_refuses_a_virtual_environment_not_created_by_make(checkout):
     assert "'make clean' removes it" in done.stderr
 
 
-def test_make_help_lists_every_target():
+def test_the_help_target_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     listed = [line.split()[1] for line in make(ROOT, "help").stdout.splitlines()]
     assert sorted(listed) == sorted(set(phony[1].split()) - {"chosen"})
 
 
-def test_make_check_runs_the_linter_and_the_type_checker_and_the_unit_tests(checkout):
+def test_the_check_target_runs_the_linter_and_the_type_checker_and_the_unit_tests(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / ".test").touch()
     planned = make(checkout, "--dry-run", "--assume-old=.venv/.test", "check", f"PYTHON={sys.executable}").stdout
@@ -97,7 +97,7 @@ def test_make_check_runs_the_linter_and_the_type_checker_and_the_unit_tests(chec
     assert commands == ["ruff check .", "ruff format --check .", "mypy", "pytest -q -m unit -n 2"]
 
 
-def test_the_last_pre_commit_hook_runs_make_check():
+def test_the_last_pre_commit_hook_runs_the_check_target():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {repository["repo"] for repository in config["repos"]} == {"local"}, "no downloads, one version of each tool"
@@ -106,7 +106,7 @@ def test_the_last_pre_commit_hook_runs_make_check():
 
 
 @pytest.mark.slow
-def test_make_run_installs_all_packages_needed_by_the_commands_in_the_readme(tmp_path):
+def test_the_run_target_installs_all_packages_needed_by_the_commands_in_the_readme(tmp_path):
     """`ktrdr prices show` needs the price list."""
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)

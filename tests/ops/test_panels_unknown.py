@@ -1,4 +1,4 @@
-"""Panels of current values: the displayed figure, or that it is unknown (P10)."""
+"""Panels of current values show the figure, or that the figure is unknown (P10)."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Watched:
         return {title: self.read(title) for title in FIGURES}
 
     def firing(self) -> set[str]:
-        """Return the names shown by annotations now."""
+        """Return the names of the alerts that the annotations show now."""
         (annotation,) = DASHBOARD["annotations"]["list"]
         return self.grafana.titles(annotation)
 
     def wait_scraped(self, expression: str, value: float) -> None:
-        """Wait until the last scrape of each replica has this value."""
+        """Wait until the expression has this value in Prometheus."""
         wait_until(lambda: self.prometheus.value(expression) == value)
 
 

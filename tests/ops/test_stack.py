@@ -131,7 +131,7 @@ def test_a_signal_during_the_start_ends_the_stack(server: Server, number: signal
     assert running.lines[-1].startswith(("stack: stopping", "replica-"))
 
 
-def test_make_stack_runs_the_stack_script_with_the_given_port() -> None:
+def test_the_stack_target_runs_the_stack_script_with_the_given_port() -> None:
     words = ["make", "--no-print-directory", "-n", "stack", "PORT=8100"]
     shown = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     words = shown.stdout.splitlines()[-1].split()

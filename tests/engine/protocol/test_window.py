@@ -1,4 +1,4 @@
-"""A window as requests name it: its keys, its words in a batch, and its segment in a record."""
+"""The forms of a window in requests: keys, the words of a batch, and the segment of a hold record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORED = stored_window("2026-11-30", "usd,day,UTC,spend")
         (Budget("jobs", 2, unit="jobs", kind="slots"), SLOTS),
     ],
 )
-def test_a_budget_has_the_flag_for_dollars_or_for_a_count_or_for_slots(budget, flag):
+def test_the_flag_of_a_budget_is_dollars_or_count_or_slots(budget, flag):
     assert flag_of(budget) == flag
 
 
@@ -35,7 +35,7 @@ def test_a_window_has_the_same_name_in_its_keys_and_in_hold_records():
     assert window.segment == f"|u,agent:{STORED},,"
 
 
-def test_a_batch_describes_a_window_by_its_name_definition_bounds_and_limit():
+def test_a_batch_describes_a_window_by_name_and_definition_and_bounds_and_limit():
     window = make_window(expires_ms=DAY.end_ms + 1, limit=5, asserts_limit=True)
     bounds = str(DAY.start_ms), str(DAY.end_ms), str(DAY.end_ms + 1)
     assert window.words == (f"agent:{STORED}", "u", "usd,day,UTC,spend", *bounds, "5", "!")

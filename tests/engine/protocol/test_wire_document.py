@@ -13,11 +13,11 @@ from ktrdr_budget.engine.protocol import codes
 ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
 LETTERS = {name: value for name, value in vars(codes).items() if name.isupper() and isinstance(value, str)}
-"""Names and letters of the module."""
+"""The letter of each name in ``codes.py``."""
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the first table after a text, without backquotes."""
+    """The cells of the first table after a heading of ``docs/wire.md``, without backquotes."""
     lines = DOCUMENT[DOCUMENT.index(heading) :].split("\n")
     first = next(number for number, line in enumerate(lines) if line.startswith("|---"))
     rows = []
@@ -29,7 +29,7 @@ def table(heading: str) -> list[list[str]]:
 
 
 class Header:
-    """The operations, modes and replies of a script, by its header: names and letters in order."""
+    """The operations, modes and replies that the header of a script lists: the letter of each name, in order."""
 
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("row", REQUESTS, ids=lambda row: row[1])
-def test_each_request_has_the_same_letter_in_wire_md_in_codes_py_and_in_its_script(row):
+def test_wire_md_and_codes_py_and_the_script_have_the_same_letter_for_each_request(row):
     letter, name, script, _, replies = row
     assert LETTERS[name] == letter
     assert HEADERS[script].ops[name] == letter
@@ -95,7 +95,7 @@ def test_no_letter_stands_for_two_requests_or_for_two_replies():
 
 
 @pytest.mark.parametrize("words", MODES)
-def test_each_mode_has_the_same_letter_in_wire_md_in_codes_py_and_in_its_script(words):
+def test_wire_md_and_codes_py_and_the_script_have_the_same_letter_for_each_mode(words):
     modes: type[StrEnum] = MODES[words]
     named = {name: letter for letter, name, _ in table(words)}
     assert named == {mode.name: mode.value for mode in modes}

@@ -1,4 +1,4 @@
-"""A hold in its worker's process: its accruals, its copy of the store's record, and its record without a store."""
+"""A hold in the process of its worker: accruals, updates by the store's record, and the record of an offline hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINE = SimpleNamespace(state=ReplicaState("t", BUDGETS))
 
 
 def hold(*parts: tuple[Window, int], **options: Any) -> HoldBase:
-    """A hold of 15 cents, unless other parts are given."""
+    """A hold of 15 cents in the budget ``agent``, or of the given parts."""
     return HoldBase(ENGINE, "op_1", parts or [(AGENT, 15 * CENT)], 60_000, NOW_MS + 60_000, **options)
 
 
@@ -43,7 +43,7 @@ def test_a_hold_shows_its_figures_in_the_units_of_its_budgets():
     assert shown.ttl == 60
 
 
-def test_belongs_to_accepts_only_a_limiter_with_the_engine_of_the_hold():
+def test_a_hold_belongs_only_to_limiters_with_the_same_engine():
     assert hold().belongs_to(SimpleNamespace(engine=ENGINE))
     assert not hold().belongs_to(SimpleNamespace(engine=SimpleNamespace(state=ENGINE.state)))
     assert not hold().belongs_to(object())
@@ -52,7 +52,7 @@ def test_belongs_to_accepts_only_a_limiter_with_the_engine_of_the_hold():
 # -- accruals ----------------------------------------------------------------------------------------------------------
 
 
-def test_accruals_are_added_up_and_a_scalar_accrual_counts_only_in_dollar_budgets():
+def test_accruals_are_summed_and_an_amount_without_a_budget_counts_only_in_dollar_budgets():
     used = hold((AGENT, 15 * CENT), (TOKENS, 100))
     used.accrue("0.01")
     used.accrue({"agent": "0.02", "tokens": 7})
@@ -83,7 +83,7 @@ def test_an_invalid_accrual_to_a_hold_of_slots_is_refused():
         hold((JOBS, 1)).accrue("-0.01")
 
 
-def test_accrue_to_a_lower_total_does_not_lower_the_accrued_amount():
+def test_a_lower_total_does_not_lower_the_accrued_amount():
     used = hold()
     used.accrue_to("0.05")
     used.accrue_to("0.03")
@@ -98,7 +98,7 @@ def test_an_adjustment_keeps_the_accrued_amount_between_zero_and_the_largest_amo
         assert used.accrued_units == [total]
 
 
-def test_the_error_for_a_sum_of_2_to_the_53_units_shows_the_bound_in_the_unit_of_the_budget():
+def test_the_error_for_a_sum_that_is_too_large_shows_the_bound_in_the_unit_of_the_budget():
     units = {"agent": "usd", "tokens": "tokens"}
     assert added({"agent": 2**53 - 2}, {"agent": 1}, units.__getitem__) == {"agent": 2**53 - 1}
     with pytest.raises(InvalidAmount, match=r"'agent'; it must be below \$9,007,199\.25"):
@@ -107,7 +107,7 @@ def test_the_error_for_a_sum_of_2_to_the_53_units_shows_the_bound_in_the_unit_of
         added({}, {"tokens": 2**53}, units.__getitem__)
 
 
-def test_a_repeated_remark_is_kept_once_and_a_remark_noted_as_first_is_never_cut_off():
+def test_equal_remarks_are_kept_once_and_a_remark_with_first_true_is_put_before_the_others():
     noted = hold()
     for remark in ("estimated", "x" * 300, "estimated"):
         noted.note(remark)
@@ -159,7 +159,7 @@ def test_the_record_of_a_hold_granted_offline_shows_the_growth_and_the_accruals_
     assert (view.owner, view.operation, view.trace_id) == ("w1", "call", "t1")
 
 
-def test_the_commit_of_an_offline_hold_sends_the_record_and_the_first_amount_of_the_hold():
+def test_the_commit_of_an_offline_hold_sends_a_record_with_the_amounts_before_and_after_growth():
     offline = hold((AGENT, 15 * CENT), (JOBS, 1))
     offline.keep_offline("c", 8, "w1", "call", "t1")
     offline.parts = [(AGENT, 20 * CENT), (JOBS, 1)]
@@ -185,7 +185,7 @@ def test_if_the_store_has_lost_a_hold_the_commit_sends_the_amounts_known_in_this
 
 
 def stop() -> None:
-    """Stops the heartbeats of a block."""
+    """Stands for the function that stops the heartbeats of a block."""
 
 
 def test_if_metered_calls_are_open_at_the_end_of_a_block_the_last_call_settles_the_hold():
@@ -199,14 +199,14 @@ def test_if_metered_calls_are_open_at_the_end_of_a_block_the_last_call_settles_t
 
 
 @pytest.mark.parametrize(("name", "value"), [("state", "committed"), ("settling", True), ("uncertain_commit", [])])
-def test_after_the_settlement_of_a_hold_has_begun_the_hold_is_not_left_to_metered_calls(name, value):
+def test_a_hold_whose_settlement_has_begun_is_not_settled_by_the_last_metered_call(name, value):
     ending = hold()
     ending.growth = SimpleNamespace(open=1, left=None)
     setattr(ending, name, value)
     assert not ending.leave_to_calls(False, "release", stop)
 
 
-def test_the_end_of_a_block_makes_the_outer_hold_current_again_only_in_the_same_context():
+def test_the_outer_hold_becomes_current_after_a_block_only_in_the_context_of_the_block():
     outer, inner = hold(), hold()
     outermost = current_hold.set(outer)
     token = current_hold.set(inner)

@@ -43,7 +43,7 @@ def spend(hold_id: str, *parts: tuple[Window, int], operation: str = "", trace_i
 
 
 def settle(journal: Journal, op: SettlingOperation, line: str, now_ms: int = NOW_MS) -> None:
-    """Journal a settlement with the store's reply to it."""
+    """Add a settlement and the store's reply to the journal."""
     journal.settled(op, op.parse(line), now_ms)
 
 
@@ -53,7 +53,7 @@ def grant(journal: Journal, hold_id: str, now_ms: int, labels: str = "- - -") ->
 
 
 def texts(op: Operation) -> tuple[str, list[str]]:
-    """The text of an operation on the wire (head and tail), and the texts of its windows."""
+    """An operation as it is sent: its own text, and the text of each of its windows."""
     head, parts, tail = op.render()
     return head + tail, [f"{window.budget}{amounts}" for window, amounts in parts]
 
@@ -132,7 +132,7 @@ def test_a_settlement_counts_for_the_replica_named_in_the_record_of_the_store():
     assert totals(journal) == {"agent": 7}
 
 
-def test_the_journal_checks_its_open_holds_a_few_at_a_time_in_turn():
+def test_each_round_checks_the_next_few_open_holds_of_the_journal():
     journal = Journal()
     for number in range(5):
         grant(journal, f"op_{number}", NOW_MS)
@@ -146,7 +146,7 @@ def test_the_journal_checks_its_open_holds_a_few_at_a_time_in_turn():
     assert states == {"op_2": "z", "op_3": "x", "op_4": "o", "new": "o"}
 
 
-def test_a_settlement_evicted_from_the_journal_still_counts_in_the_subtotal(monkeypatch):
+def test_a_settlement_evicted_from_the_journal_still_counts_in_the_subtotal_of_the_window(monkeypatch):
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 8)
     journal = Journal()
     for number in range(30):
@@ -174,7 +174,7 @@ def test_the_journal_keeps_a_hold_until_the_hold_is_settled_or_too_old():
     assert HOLD_AGE_MAX_MS <= AGE_MAX_MS, "else it would be replayed for longer than its settlement by another replica"
 
 
-def test_the_age_of_a_journalled_hold_starts_when_the_store_last_returned_its_record():
+def test_the_age_of_a_hold_in_the_journal_counts_from_the_last_reply_with_the_record_of_the_hold():
     journal = Journal()
     grant(journal, "b", NOW_MS)
     [hold] = journal.holds(KEYS)
@@ -221,8 +221,8 @@ def test_if_an_id_is_used_again_the_earlier_spend_of_the_id_stays_in_the_subtota
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_if_a_caller_retries_a_lost_settlement_before_its_replay_the_settlement_counts_once(monkeypatch, others):
-    """The store records the retry before the replay."""
+def test_a_lost_settlement_counts_only_once_if_the_caller_retries_before_the_journal_is_replayed(monkeypatch, others):
+    """The store executes the caller's retry before the replay of the journal."""
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 4)
     journal = Journal()
     settle(journal, spend("a", (EVER, 7)), "k - 7")

@@ -51,7 +51,7 @@ def test_the_outbox_queues_equal_settlements_only_once():
     assert [entry.request.units for entry in outbox] == [(7,), (8,)]
 
 
-def test_the_outbox_queues_settlements_by_id_with_equal_contents_only_once():
+def test_the_outbox_queues_two_settlements_by_id_only_once_if_the_contents_are_equal():
     outbox = Outbox()
     for contents in ("'0.07'", "'0.07'", "'0.08'"):
         fact = PreparedFact("a", STATE.keys.hold("a"), contents, lambda _: commit("a"))
@@ -59,8 +59,8 @@ def test_the_outbox_queues_settlements_by_id_with_equal_contents_only_once():
     assert outbox.in_doubt == 2
 
 
-def test_if_a_deferred_settlement_is_repeated_its_earliest_possible_execution_time_is_kept():
-    """After a day, the store has dropped the id of an attempt that was executed then."""
+def test_a_repeated_deferred_settlement_keeps_the_earliest_time_of_a_possible_execution():
+    """An attempt may have been executed; the store drops the id a day later."""
     outbox = Outbox()
     for maybe_executed_us in (None, NOW_US, NOW_US + 1):
         outbox.add(Entry(commit("a"), "deferred", maybe_executed_us))
@@ -68,7 +68,7 @@ def test_if_a_deferred_settlement_is_repeated_its_earliest_possible_execution_ti
     assert entry.maybe_executed_us == NOW_US
 
 
-def test_queuing_the_release_of_a_grant_removes_the_queued_look_up_of_the_reservation():
+def test_a_queued_release_of_a_grant_replaces_the_look_up_of_the_same_reservation():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(release("a", "r1"))

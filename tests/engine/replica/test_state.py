@@ -23,7 +23,7 @@ EVER = Budget("ever", None, period="ever")
 
 
 class Clock:
-    """Stands for the module ``time``: this machine, whose clock is five hours slow."""
+    """Replaces the module ``time``: the clock of this machine is five hours slow."""
 
     def __init__(self) -> None:
         self.running_s = 1000.0
@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Replica(ReplicaState):
-    """A replica that notes what it reports."""
+    """A replica that lists its reports of losses, suspicions and late replies."""
 
     def __init__(self, *budgets: Budget) -> None:
         super().__init__("t", budgets or [AGENT])
@@ -86,7 +86,7 @@ def test_after_a_reply_a_replica_uses_the_clock_of_the_store_instead_of_its_own_
     assert replica.now_ms() == NOON_MS + 1500
 
 
-def test_a_replica_computes_its_start_time_from_its_age_at_its_first_request(clock):
+def test_the_start_time_of_a_replica_is_computed_from_the_clock_of_the_store_at_the_first_reply(clock):
     replica = Replica()
     assert replica.claim == (0, replica.replica_id)
     assert replica.header.age_us == 0
@@ -111,7 +111,7 @@ def test_if_the_clock_of_the_store_is_set_back_the_start_time_of_a_replica_moves
 # -- the fast path -----------------------------------------------------------------------------------------------------
 
 
-def test_one_batch_each_second_skips_the_fast_path(clock):
+def test_one_batch_per_second_skips_the_fast_path(clock):
     replica = Replica()
     assert [replica.use_fast_path() for _ in range(3)] == [False, True, True]
     clock.running_s += 0.99
@@ -140,7 +140,7 @@ def test_a_header_has_the_last_epoch_and_the_largest_number_of_acknowledged_writ
     assert replica.header is replica.header
 
 
-def test_if_two_lanes_detect_the_same_data_loss_the_loss_is_reported_once():
+def test_a_data_loss_that_two_replies_show_is_reported_once():
     replica = Replica()
     replica.reply(5, "e1")
     sent = replica.header
@@ -177,7 +177,7 @@ def test_a_read_that_shows_a_different_epoch_or_fewer_writes_is_reported_as_a_po
     assert replica.reported == reported
 
 
-def test_if_a_read_was_sent_before_a_detected_loss_the_reply_reports_no_second_loss():
+def test_a_read_that_was_sent_before_a_loss_was_detected_causes_no_second_report():
     replica = Replica()
     replica.reply(5, "e1")
     before = replica.header
@@ -218,7 +218,7 @@ def test_a_replica_returns_the_same_window_object_until_the_window_ends(clock):
     assert replica.window("agent", today.stored) is today
 
 
-def test_a_window_expires_one_day_plus_the_retention_after_its_end_and_an_endless_window_never_expires():
+def test_a_window_expires_a_day_after_the_end_of_the_retention_but_an_endless_window_never_expires():
     replica = Replica(AGENT, EVER)
     replica.set_clock(NOON_US, 0)
     window = replica.current_window("agent")

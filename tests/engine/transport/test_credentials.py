@@ -37,7 +37,7 @@ async def test_an_async_client_gets_credentials_from_any_kind_of_source(source, 
     assert await Credentials(source).get_credentials_async() == ("worker", fetched)
 
 
-def test_the_message_of_an_error_in_a_source_of_credentials_is_not_shown():
+def test_an_error_of_a_source_of_credentials_is_shown_without_its_message():
     def source() -> str:
         raise RuntimeError("token secret-1 has expired")
 

@@ -24,7 +24,7 @@ OLD, NEW = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
 
 
 def with_replies(discovery: Discovery, *replies: Any, by_source: dict[Any, Any] | None = None) -> Discovery:
-    """Replace the queries of a discovery by fixed replies, in the order of the sources or by source."""
+    """Replace the queries of a discovery by ``replies`` in the order of the sources, or by those of ``by_source``."""
 
     async def query(addresses: Any, *commands: Any) -> list[Any]:
         addresses = list(addresses)
@@ -37,7 +37,7 @@ def with_replies(discovery: Discovery, *replies: Any, by_source: dict[Any, Any] 
 
 
 def view(listed: tuple[str, int], epoch: int, flags: str = "master", named: tuple[str, int] | None = None) -> list[Any]:
-    """The replies of a sentinel to both commands."""
+    """A sentinel's replies to SENTINEL MASTER and SENTINEL GET-MASTER-ADDR-BY-NAME."""
     state = {"name": "budgets", "ip": listed[0], "port": listed[1], "flags": flags, "config-epoch": epoch}
     words = [str(word).encode() for pair in state.items() for word in pair]
     host, port = named or listed

@@ -44,7 +44,7 @@ async def send(client: Client, durability: Any = "replica", *, asking: bool = Fa
     ("durability", "confirmations", "wait"),
     [("replica", 1, ("WAIT", 1, 850)), ("disk", [1, 0], ("WAITAOF", 1, 0, 850))],
 )
-async def test_a_durable_batch_is_followed_by_a_write_and_a_wait_command(durability, confirmations, wait):
+async def test_after_a_durable_batch_a_write_command_and_a_wait_command_are_sent(durability, confirmations, wait):
     client = Client("reply", 0, confirmations)
     assert await send(client, durability) == "reply"
     assert client.sent == [BATCH, ("HSET", "meta", "confirmed", "1"), wait], "the wait leaves 0.15 s for the reply"

@@ -1,4 +1,4 @@
-"""Translation of failures: by the class of an exception, or by the code of an error reply."""
+"""Failures are translated by the class of an exception, or by the code of an error reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol check: a server that does not reply as a store is identified by its reply to one request."""
+"""The protocol check sends one request to a server, and recognises by the reply that the server is no store."""
 
 from __future__ import annotations
 

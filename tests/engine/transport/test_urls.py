@@ -1,4 +1,4 @@
-"""URLs of stores: parsing, refusal of invalid ones, and no secret in any message."""
+"""URLs of stores: valid URLs are parsed, invalid URLs are refused, and no message contains a secret."""
 
 from __future__ import annotations
 

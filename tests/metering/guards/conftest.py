@@ -39,5 +39,5 @@ def guarded_client(provider: LocalProvider, server: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def opened(guarded_client: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """``opened(sdk, **options)``: a guarded client, in turn sync and async."""
+    """``opened(sdk, **options)``: a guarded client; the test runs once with a sync and once with an async client."""
     return lambda sdk, **options: partial(guarded_client, is_async=is_async)(sdk, **options)

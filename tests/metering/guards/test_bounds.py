@@ -1,4 +1,4 @@
-"""Bounds of requests: no lower than the provider's count, or the request is refused."""
+"""Bounds of requests: a bound is never below the provider's count, and a request without a bound is refused."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ ROUTING = {
 @pytest.mark.parametrize("field", ROUTING)
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_request_with_a_routing_field_is_refused(route: str, field: str) -> None:
-    """openwiki #85: fallback models and paid plugins of a gateway."""
+    """A gateway may use fallback models or paid plugins (openwiki #85)."""
     body = {**user(), "input": "x", "max_tokens": 10}
     with pytest.raises(UnmeteredCall, match=f"'{field}'"):
         bound(route, {**body, field: ROUTING[field]}, max_output_tokens=10)
@@ -268,7 +268,7 @@ def test_each_reference_to_a_tool_counts_as_much_input_as_the_tool_definition() 
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_the_size_of_a_text_counts_characters_after_unicode_expansion(escaped: bool) -> None:
+def test_the_size_of_a_text_is_at_least_the_size_after_unicode_normalization(escaped: bool) -> None:
     body = {"text": "\ufdfa" * 100}
     content = json.dumps(body, ensure_ascii=escaped).encode()
     assert text_size(content, body) >= len(unicodedata.normalize("NFKC", body["text"]).encode()) == 3_300

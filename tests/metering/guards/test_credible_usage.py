@@ -1,4 +1,4 @@
-"""Credibility of reported usage, usage spread over a stream, and the cache fields of other providers."""
+"""Reported usage: whether it is credible, where in a stream it arrives, and how other providers report caches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _chunk(choices: list[Any], usage: Any = None) -> dict[str, Any]:
 
 
 def _events(api: str, first: Any, last: Any, *later: Any) -> list[dict[str, Any] | str]:
-    """A stream that reports usage at its beginning, at its end, and after it."""
+    """A stream that reports the usage ``first`` at its beginning, ``last`` at its end, and ``later`` after the end."""
     if api == "chat":
         word = {"index": 0, "delta": {"content": "yes"}, "finish_reason": None}
         stop = {"index": 0, "delta": {}, "finish_reason": "stop"}
@@ -191,7 +191,7 @@ NOT_CREDIBLE = {
 async def test_if_the_reported_usage_is_not_credible_the_worst_case_is_charged_as_an_estimate(
     limiter: Any, server: Any, api: str, usage_of: Any, streamed: bool
 ) -> None:
-    """ProbOS #1078, camel-ai #4217, spring-ai #1307."""
+    """Reported in ProbOS #1078, camel-ai #4217 and spring-ai #1307."""
     caller = Caller(api, limiter, server)
     usage = usage_of(api)
     await caller.call(_events(api, usage, usage) if streamed else _document(api, usage))
@@ -258,7 +258,7 @@ SPREAD = {
 async def test_if_a_stream_reports_usage_twice_the_higher_count_of_each_field_is_charged(
     limiter: Any, server: Any, api: str, first: Any, last: Any
 ) -> None:
-    """envoyproxy/ai-gateway PR #1631."""
+    """Reported in envoyproxy/ai-gateway PR #1631."""
     await Caller(api, limiter, server).call(_events(api, _counts(api, *first), _counts(api, *last)))
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
     assert _estimated(server) == [False]
@@ -272,7 +272,7 @@ async def test_a_second_usage_report_at_the_end_of_a_stream_is_charged(limiter: 
 
 
 async def test_if_every_chunk_reports_a_running_total_only_the_last_total_is_charged(limiter: Any, server: Any) -> None:
-    """tensorzero #5481, pydantic-ai #5260: cumulative usage."""
+    """Usage reports are cumulative (tensorzero #5481, pydantic-ai #5260)."""
     running = [
         _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, tokens))
         for tokens in range(1, 9)
@@ -334,7 +334,7 @@ async def test_usage_reported_after_the_last_output_is_charged_exactly(
 async def test_usage_above_the_bound_is_charged_and_counted_as_an_overrun(
     limiter: Any, server: Any, api: str, streamed: bool
 ) -> None:
-    """litellm #20615: spent money is recorded, also above the bound."""
+    """Spent money is recorded, even above the bound (litellm #20615)."""
     usage = _counts(api, 4_000_000, 3)
     await Caller(api, limiter, server).call(_events(api, usage, usage) if streamed else _document(api, usage))
     assert _spent(server) == 4_000_000 * INPUT + 3 * OUTPUT
@@ -393,7 +393,7 @@ WITH_CACHE = {
 async def test_cache_reads_are_recognised_in_the_usage_fields_of_each_provider(
     limiter: Any, server: Any, fields: dict[str, Any], streamed: bool
 ) -> None:
-    """vera-bench PR #97, pi #8075."""
+    """Reported in vera-bench PR #97 and pi #8075."""
     usage = {**_counts("chat", 1_000, 3), **fields}
     await Caller("chat", limiter, server).call(_events("chat", None, usage) if streamed else _document("chat", usage))
     assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
@@ -422,7 +422,7 @@ async def test_cache_writes_are_recognised_in_the_usage_fields_of_each_provider(
 async def test_cached_input_is_charged_in_addition_if_the_reported_input_excludes_cached_input(
     limiter: Any, server: Any, prompt: int, total: int | None
 ) -> None:
-    """Additive caches: Bedrock behind Portkey (gateway #1210), langsmith-sdk PR #2519."""
+    """Reported for Bedrock behind Portkey (gateway #1210), and in langsmith-sdk PR #2519."""
     usage = {**_counts("chat", prompt, 3), "cache_read_input_tokens": 800, "total_tokens": total}
     await Caller("chat", limiter, server).call(_document("chat", usage))
     assert _spent(server) == prompt * INPUT + 800 * CACHED + 3 * OUTPUT
@@ -449,7 +449,7 @@ async def test_cache_reads_of_the_responses_api_are_charged_at_the_cached_input_
 async def test_a_stream_is_charged_the_worst_case_if_the_caller_disables_usage_reports(
     limiter: Any, server: Any, given: dict[str, Any], sent: Any
 ) -> None:
-    """opencode #4698: a gateway that rejects ``stream_options``."""
+    """Some gateways reject ``stream_options`` (opencode #4698)."""
     caller = Caller("chat", limiter, server)
     items = await caller.call(_events("chat", None, None), stream_options=given)
     assert [choice.delta.content for item in items for choice in item.choices] == ["yes", None]

@@ -1,4 +1,4 @@
-"""The guard example of docs/metering.md works, and its figures are those of the code."""
+"""The guard example of docs/metering.md works, and the figures in the document equal those in the code."""
 
 from __future__ import annotations
 

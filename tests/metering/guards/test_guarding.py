@@ -42,7 +42,7 @@ BUDGETS = [Budget("agent", "1.00")]
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_guard_returns_the_given_client(opened: Any, sdk: str, provider: LocalProvider) -> None:
+async def test_the_guard_function_returns_the_given_client(opened: Any, sdk: str, provider: LocalProvider) -> None:
     async with opened(sdk) as g:
         client = raw_client(sdk, g.is_async, provider)
         http_client_class = type(http_client_of(client))
@@ -55,7 +55,7 @@ async def test_guard_returns_the_given_client(opened: Any, sdk: str, provider: L
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-def test_guard_rejects_a_sync_limiter_for_an_async_client_and_vice_versa(
+def test_the_guard_function_rejects_a_sync_limiter_for_an_async_client_and_vice_versa(
     sdk: str, provider: LocalProvider, server: Any
 ) -> None:
     sync, not_sync = BudgetLimiter(server.url, BUDGETS), AsyncBudgetLimiter(server.url, BUDGETS)
@@ -363,7 +363,7 @@ async def test_with_a_token_budget_an_unknown_model_is_refused_even_if_a_fixed_c
 async def test_a_call_to_a_model_router_without_a_price_is_refused(
     opened: Any, provider: LocalProvider, model: str
 ) -> None:
-    """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""
+    """Reported in litellm #42663, PR #30817 and PR #39294, and in bifrost PR #5465."""
     async with opened("openai", provider="openrouter") as g:
         with pytest.raises(UnknownPrice):
             await resolve(g.client.chat.completions.create(model=model, max_tokens=5, messages=MESSAGES))

@@ -1,4 +1,4 @@
-"""Bytes of a response: passed on unchanged to the SDK, while usage, the end and errors are parsed from them."""
+"""The bytes of a response reach the SDK unchanged; usage, the end and errors are parsed from the bytes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_error_type_of_a_stream_is_the_type_sent_by_the_provider(error: dict
     assert made.ended == (not error_type), "a stream with an error did not end as the provider intended"
 
 
-def test_after_the_finish_reason_the_parser_awaits_usage_until_the_usage_arrives() -> None:
+def test_the_parser_awaits_a_usage_report_after_the_finish_reason() -> None:
     made, silent = parser(), parser(reports_usage=False)
     finished = event({"finish_reason": "stop"})
     assert not made.awaits_usage

@@ -48,7 +48,7 @@ async def start_stream(g: Any, method: Method, output_tokens_max: int) -> Any:
 
 
 async def wait_for_arrival(provider: LocalProvider, tokens: int) -> None:
-    """Wait until the provider has sent so many tokens, and the network has delivered them."""
+    """Wait until the provider has sent this number of tokens, and the network has delivered them."""
     await until(lambda: provider.sent_tokens >= tokens)
     await asyncio.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""Responses in unusual forms: compressed, malformed, from middleware, from Azure, and shared HTTP clients."""
+"""Unusual responses (compressed, malformed, by middleware, from Azure), and shared HTTP clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parsing of reported usage, outcomes of HTTP statuses, and streams whose usage never arrives."""
+"""Parsing of reported usage, the outcome of a call by its HTTP status, and streams whose usage never arrives."""
 
 from __future__ import annotations
 

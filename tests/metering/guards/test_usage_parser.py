@@ -1,4 +1,4 @@
-"""The usage of one response: reports are merged, and used only if a call can have used these counts."""
+"""The usage of one response: its reports are merged, and the result is used only if it is credible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_later_report_with_lower_or_missing_counts_does_not_reduce_the_usage()
 
 
 @pytest.mark.parametrize("report", [None, {}, [], "usage", 7])
-def test_a_report_is_ignored_unless_the_report_is_a_non_empty_object(report: object) -> None:
+def test_a_report_that_is_not_an_object_or_is_empty_is_ignored(report: object) -> None:
     made = parser()
     assert not made.merge(report)
     assert made.usage is None

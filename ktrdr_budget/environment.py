@@ -1,4 +1,4 @@
-"""Environment variables: the names of all, and the parsers of those that are not settings of the HTTP service."""
+"""The names of all environment variables, and parsers for the variables that are not settings of the HTTP service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ZERO_BUDGET = (
     "a daily budget of 0 (AGENT_DAILY_BUDGET=0) denies all spending; to run without a limit, set"
     " AGENT_DAILY_BUDGET=unlimited"
 )
-"""The warning at the start with a budget of 0, which means "no limit" in other backends."""
+"""The warning at the start if the budget is 0. In other backends, 0 means "no limit"."""
 VARIABLES = (
     "KTRDR_ADMIN_KEY",
     "KTRDR_AGENT_DAILY_BUDGET",
@@ -65,9 +65,10 @@ VARIABLES = (
 )
 """Variables of the service, the command and the library that have the prefix ``KTRDR_``."""
 _OF_TOOLS = ("KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
-"""Variables that only ``docker-compose.yml``, ``docker/`` and ``scripts/`` use. They are no unknown variables."""
+"""Variables that only ``docker-compose.yml``, ``docker/`` and ``scripts/`` use. They do not count as unknown."""
 _SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
-"""Variables that Kubernetes sets for each service of a namespace: ``KTRDR_REDIS_PORT`` for ``ktrdr-redis``."""
+"""Variables that Kubernetes sets for each service of a namespace. For a service ``ktrdr-redis``, for example, it sets
+``KTRDR_REDIS_PORT``."""
 _EDITS_MAX = 2
 _warned: set[str] = set()
 
@@ -160,7 +161,7 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
         return None
     if not url.strip():
         raise InvalidArgument(
-            "KTRDR_REDIS_URL is set but empty: give it the store's URL, or unset it for an embedded server"
+            "KTRDR_REDIS_URL is set but empty: set it to the store's URL, or unset it to use an embedded server"
         )
     return url.strip()
 

@@ -6,8 +6,8 @@
     ├── BudgetExceeded            a limit denies the request; nothing was written
     ├── HoldConflict              the id is in use with other contents, or the hold was settled differently
     ├── UnknownHold               no hold has this id (never reserved, or forgotten after settlement)
-    ├── TooManyHolds              the tenant has reached its number of open and unconfirmed holds
-    ├── TooManyBudgets            the tenant has reached its number of budgets
+    ├── TooManyHolds              the tenant has the maximum number of open and unconfirmed holds
+    ├── TooManyBudgets            the tenant has the maximum number of budgets
     ├── UnknownBudget             the limiter has no budget of this name
     ├── UnknownPrice              the model has no price; nothing was sent
     ├── StoreUnavailable          the store did not reply within the timeout
@@ -89,7 +89,7 @@ class BudgetExceeded(BudgetError):
 
     @property
     def budget(self) -> str:
-        """Name of the budget that denies the request; of several, the first in the order given."""
+        """Name of the budget that denies the request. If several deny it, this is the first in the given order."""
         return self.denial.budget
 
     @property
@@ -177,7 +177,10 @@ class UnknownBudget(BudgetError, LookupError):
 
 
 def unknown_budget(name: object, known: Collection[str], where: str = "this limiter") -> UnknownBudget:
-    """Create the error for an unknown budget. Its message lists the known names; of many, only the most similar."""
+    """Create the error for an unknown budget.
+
+    The error's message lists the known names. If there are many, the message lists only the most similar names.
+    """
     if not known:
         return UnknownBudget(f"unknown budget {shown(name)}; {where} has none")
     if len(known) <= _NAMES_SHOWN:
@@ -241,7 +244,8 @@ class DefinitionConflict(InvalidArgument):
     or :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces this definition. Open holds can be settled in any
     case.
 
-    ``registered`` describes the store's definition, ``configured`` the limiter's. Each is empty if it is unknown.
+    ``registered`` describes the store's definition; ``configured`` describes the limiter's definition. Each is empty if
+    it is unknown.
     """
 
     def __init__(self, message: str, *, registered: str = "", configured: str = "") -> None:

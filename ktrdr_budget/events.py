@@ -16,7 +16,7 @@ _TEXT_CHARACTERS = 256
 
 
 def logs_spend() -> bool:
-    """Whether :func:`log_spend` writes a record. If not, its caller need not read the status of the budget."""
+    """Whether :func:`log_spend` writes a record. If not, the caller need not read the budget's status for it."""
     return logger.isEnabledFor(logging.INFO)
 
 
@@ -45,7 +45,9 @@ def log_spend(amount: Amount, operation_id: str, status: Status | None) -> None:
 
 
 def log_exhausted(operation_id: str, denial: Denial, summary: str) -> None:
-    """Log a denied trigger: ``Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)``.
+    """Log that the budget denied a research cycle.
+
+    Example: ``Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)``.
 
     Args:
         summary: the text that the caller receives; ``denial.reason`` may be more specific.

@@ -57,8 +57,9 @@ class AsyncHold(HoldBase):
         reservation.
 
         Args:
-            amount: one amount for every ``usd`` budget, while counts commit their reservation; or a mapping, while
-                omitted budgets commit 0. By default, the accrued amount is committed.
+            amount: one amount, or a mapping of budgets to amounts. By default, the accrued amount is committed.
+                One amount applies to every ``usd`` budget; each budget that counts commits its reservation.
+                A budget that a mapping omits commits 0.
 
         Raises:
             HoldConflict: the hold was settled differently before, or metered calls of the hold are in progress.

@@ -16,12 +16,12 @@ __all__ = ["AsyncLease", "Grant"]
 class AsyncLease(LeaseBase):
     """A prepaid part of a budget, spent by this process without the store: ``async with limiter.lease(...) as lease``.
 
-    The lease prepays one slab (an amount) after the other. :meth:`spend` and :meth:`reserve` decide at once.
-    :meth:`acquire` waits for the next slab if necessary. If the budget has no room or the store does not reply, the
-    first of these calls raises the error; the start of the block does not.
+    The lease prepays one chunk after the other; ``slab`` is the amount of a chunk. :meth:`spend` and :meth:`reserve`
+    decide at once. :meth:`acquire` waits for the next chunk if necessary. If the budget has no room or the store does
+    not reply, the first of these calls raises the error; the start of the block does not.
 
-    At the end of the block, the spend is committed and the unspent amount is released. A slab with an open grant is
-    settled after the grant.
+    At the end of the block, the spend is committed and the unspent amount is released. A chunk with an open grant is
+    settled once that grant is settled.
     """
 
     def __init__(self, runner: AsyncRunner, *args: Any, **options: Any) -> None:
@@ -38,7 +38,7 @@ class AsyncLease(LeaseBase):
         await self._runner.close_lease(self)
 
     async def acquire(self, amount: AmountIn) -> Grant:
-        """Reserve an amount as :meth:`reserve` does, but wait for the next slab if necessary.
+        """Reserve an amount as :meth:`reserve` does, but wait for the next chunk if necessary.
 
         The wait ends at the limiter's deadline.
 

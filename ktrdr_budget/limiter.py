@@ -73,14 +73,14 @@ class LimiterBase:
             reaches the store later, the observer is called again (operation ``resolve``). Exceptions of the observer
             are logged and ignored.
         trace_id: a function that returns the current trace id, for the ledger.
-        max_holds: the maximum number of open and unconfirmed holds of the tenant. One more raises
+        max_holds: the maximum number of open and unconfirmed holds of the tenant. A further reservation raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
         max_budgets: the maximum number of budgets of this limiter, and of the tenant in the store.
         retention_days: for how many days, at least 2, the store keeps a window and its ledger after the window's end. A
-            day is added for holds that were opened just before that end.
+            day is added, because a hold that is opened just before that end can stay open for a day.
         durability: where a reservation or spend must be stored before its call succeeds: in ``memory`` of the server,
-            on a ``replica`` (``WAIT``), or on ``disk`` (``WAITAOF``, from Redis 7.2). If the server does not confirm
-            this, the call raises :class:`~ktrdr_budget.errors.StoreUnavailable` with ``ambiguous`` set.
+            on a ``replica`` of the server (``WAIT``), or on ``disk`` (``WAITAOF``, from Redis 7.2). If the server does
+            not confirm this, the call raises :class:`~ktrdr_budget.errors.StoreUnavailable` with ``ambiguous`` set.
         credential_provider: the source of the login for each new connection: a ``CredentialProvider`` of redis-py, or a
             callable that returns ``(username, password)`` or a password. If ``None``, the login is that of the URL. The
             login for sentinels is always that of the URL.
@@ -129,7 +129,7 @@ class LimiterBase:
             max_budgets=max_budgets,
             retention_days=retention_days,
         )
-        """The parts of this limiter; for the package and its tests."""
+        """The implementation of this limiter. Only the package and its tests may use it."""
         self.engine.store.durability = durability
         self.engine.runner = self._runner_class(self.engine)
 
@@ -284,14 +284,15 @@ class AsyncBudgetLimiter(LimiterBase):
             id: the idempotency key: a second call with the same id and contents returns the same hold, marked
                 ``replayed``. If not given, an id is generated.
             ttl: seconds, 1 to 86400, after which the hold expires if it is neither extended nor settled.
-            on_expiry: what an expired hold is charged. ``charge``: the whole reservation; ``accrued``: the reported
-                use; ``release``: nothing.
+            on_expiry: the charge for the hold if it expires. ``charge``: the whole reservation; ``accrued``: the
+                reported use; ``release``: nothing.
             operation: a label for the ledger.
-            owner: the client of the HTTP service that may settle the hold after its expiry.
+            owner: the client for which the HTTP service reserves. In that service, no other client except an admin can
+                settle the hold after its expiry.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing was written.
-            TooManyHolds, TooManyBudgets: the tenant has the maximum number; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum number of holds or budgets; nothing was written.
             HoldConflict: the id is in use with other contents.
             DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
             InvalidArgument, UnknownBudget: an argument is invalid; nothing was sent.
@@ -383,24 +384,24 @@ class AsyncBudgetLimiter(LimiterBase):
     ) -> AsyncLease:
         """Prepay a part of a budget, so that reservations from this part need no store; use as ``async with`` block.
 
-        A slab is an amount that is prepaid at a time. The store shows slabs as held, and charges them if this process
-        dies. The sum of all replicas stays below the cap.
+        The part is prepaid in chunks. The store shows each chunk as held, and charges the chunk if this process dies.
+        The sum of all replicas stays below the cap.
 
         Args:
-            slab: the amount of a slab. If the budget has less, the slab is smaller.
-            low_water: the next slab is requested when less than this amount is left; by default half of a slab.
-            ttl: seconds after which the store charges the slabs of a process that sends no heartbeat.
-            idle: seconds without use after which slabs are released; if ``None``, unused slabs are kept.
-            operation: the label of the slabs, in lists of holds and in the ledger.
+            slab: the amount of a chunk. If the budget has less, the chunk is smaller.
+            low_water: if less than this amount is left, the next chunk is requested; by default half of a chunk.
+            ttl: seconds after which the store charges the chunks of a process that sends no heartbeat.
+            idle: seconds without use after which chunks are released; if ``None``, unused chunks are kept.
+            operation: the label of the chunks, in lists of holds and in the ledger.
 
         Raises:
-            InvalidArgument, UnknownBudget: an option is not usable, or the budget is one of ``slots``.
+            InvalidArgument, UnknownBudget: an option is not usable, or the budget is of kind ``slots``.
         """
         options = {"low_water": low_water, "ttl": ttl, "idle": idle, "operation": operation}
         return AsyncLease(self._runner, self.engine.lease_calls, budget, slab, **options)
 
     async def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
-        """Commit a hold of any process by its id; see :meth:`AsyncHold.commit`.
+        """Commit a hold by its id, whichever process reserved it; see :meth:`AsyncHold.commit`.
 
         Raises:
             UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
@@ -408,7 +409,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Release a hold of any process by its id.
+        """Release a hold by its id, whichever process reserved it.
 
         The release of an open hold is final. The release of an unconfirmed hold is not: a later commit by the worker
         still counts.
@@ -421,7 +422,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(flow, "release")
 
     async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """Send a heartbeat for a hold of any process by its id; see :meth:`AsyncHold.extend`.
+        """Send a heartbeat for a hold by its id, whichever process reserved it; see :meth:`AsyncHold.extend`.
 
         Args:
             ttl: seconds from now to the new deadline. If ``None``, the new deadline is 900 seconds from now, unless the
@@ -431,12 +432,12 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """Raise the reservation of a hold to new totals by its id, in all budgets or in none.
+        """Raise the reserved amounts of a hold, found by its id, to new totals. All totals are raised, or none.
 
         Since ``amounts`` are totals, a retry is harmless.
 
         Args:
-            ttl: seconds from now to the new deadline if the hold has expired. An open hold keeps its deadline.
+            ttl: for an expired hold, the seconds from now to the new deadline. An open hold keeps its deadline.
         """
         return await self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
@@ -523,7 +524,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     async def execute(self, command: Command, operation: str) -> Any:
-        """Run a script or command on other keys of the tenant than those of budgets. The agent uses this.
+        """Run a script or command on keys of the tenant that belong to no budget. The agent uses this method.
 
         If a reply is lost, the command is sent again until the deadline, so the store may execute the command twice.
 

@@ -82,8 +82,9 @@ class Hold(HoldBase):
         reservation.
 
         Args:
-            amount: one amount for every ``usd`` budget, while counts commit their reservation; or a mapping, while
-                omitted budgets commit 0. By default, the accrued amount is committed.
+            amount: one amount, or a mapping of budgets to amounts. By default, the accrued amount is committed.
+                One amount applies to every ``usd`` budget; each budget that counts commits its reservation.
+                A budget that a mapping omits commits 0.
 
         Raises:
             HoldConflict: the hold was settled differently before, or metered calls of the hold are in progress.
@@ -99,12 +100,12 @@ class Hold(HoldBase):
 class Lease(LeaseBase):
     """A prepaid part of a budget, spent by this process without the store: ``with limiter.lease(...) as lease``.
 
-    The lease prepays one slab (an amount) after the other. :meth:`spend` and :meth:`reserve` decide at once.
-    :meth:`acquire` waits for the next slab if necessary. If the budget has no room or the store does not reply, the
-    first of these calls raises the error; the start of the block does not.
+    The lease prepays one chunk after the other; ``slab`` is the amount of a chunk. :meth:`spend` and :meth:`reserve`
+    decide at once. :meth:`acquire` waits for the next chunk if necessary. If the budget has no room or the store does
+    not reply, the first of these calls raises the error; the start of the block does not.
 
-    At the end of the block, the spend is committed and the unspent amount is released. A slab with an open grant is
-    settled after the grant.
+    At the end of the block, the spend is committed and the unspent amount is released. A chunk with an open grant is
+    settled once that grant is settled.
     """
 
     def __init__(self, runner: SyncRunner, *args: Any, **options: Any) -> None:
@@ -121,7 +122,7 @@ class Lease(LeaseBase):
         self._runner.close_lease(self)
 
     def acquire(self, amount: AmountIn) -> Grant:
-        """Reserve an amount as :meth:`reserve` does, but wait for the next slab if necessary.
+        """Reserve an amount as :meth:`reserve` does, but wait for the next chunk if necessary.
 
         The wait ends at the limiter's deadline.
 
@@ -204,14 +205,15 @@ class BudgetLimiter(LimiterBase):
             id: the idempotency key: a second call with the same id and contents returns the same hold, marked
                 ``replayed``. If not given, an id is generated.
             ttl: seconds, 1 to 86400, after which the hold expires if it is neither extended nor settled.
-            on_expiry: what an expired hold is charged. ``charge``: the whole reservation; ``accrued``: the reported
-                use; ``release``: nothing.
+            on_expiry: the charge for the hold if it expires. ``charge``: the whole reservation; ``accrued``: the
+                reported use; ``release``: nothing.
             operation: a label for the ledger.
-            owner: the client of the HTTP service that may settle the hold after its expiry.
+            owner: the client for which the HTTP service reserves. In that service, no other client except an admin can
+                settle the hold after its expiry.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing was written.
-            TooManyHolds, TooManyBudgets: the tenant has the maximum number; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum number of holds or budgets; nothing was written.
             HoldConflict: the id is in use with other contents.
             DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
             InvalidArgument, UnknownBudget: an argument is invalid; nothing was sent.
@@ -303,24 +305,24 @@ class BudgetLimiter(LimiterBase):
     ) -> Lease:
         """Prepay a part of a budget, so that reservations from this part need no store; use as ``with`` block.
 
-        A slab is an amount that is prepaid at a time. The store shows slabs as held, and charges them if this process
-        dies. The sum of all replicas stays below the cap.
+        The part is prepaid in chunks. The store shows each chunk as held, and charges the chunk if this process dies.
+        The sum of all replicas stays below the cap.
 
         Args:
-            slab: the amount of a slab. If the budget has less, the slab is smaller.
-            low_water: the next slab is requested when less than this amount is left; by default half of a slab.
-            ttl: seconds after which the store charges the slabs of a process that sends no heartbeat.
-            idle: seconds without use after which slabs are released; if ``None``, unused slabs are kept.
-            operation: the label of the slabs, in lists of holds and in the ledger.
+            slab: the amount of a chunk. If the budget has less, the chunk is smaller.
+            low_water: if less than this amount is left, the next chunk is requested; by default half of a chunk.
+            ttl: seconds after which the store charges the chunks of a process that sends no heartbeat.
+            idle: seconds without use after which chunks are released; if ``None``, unused chunks are kept.
+            operation: the label of the chunks, in lists of holds and in the ledger.
 
         Raises:
-            InvalidArgument, UnknownBudget: an option is not usable, or the budget is one of ``slots``.
+            InvalidArgument, UnknownBudget: an option is not usable, or the budget is of kind ``slots``.
         """
         options = {"low_water": low_water, "ttl": ttl, "idle": idle, "operation": operation}
         return Lease(self._runner, self.engine.lease_calls, budget, slab, **options)
 
     def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
-        """Commit a hold of any process by its id; see :meth:`Hold.commit`.
+        """Commit a hold by its id, whichever process reserved it; see :meth:`Hold.commit`.
 
         Raises:
             UnknownHold: the store has no hold of this id, or has forgotten it after its settlement.
@@ -328,7 +330,7 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Release a hold of any process by its id.
+        """Release a hold by its id, whichever process reserved it.
 
         The release of an open hold is final. The release of an unconfirmed hold is not: a later commit by the worker
         still counts.
@@ -341,7 +343,7 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(flow, "release")
 
     def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """Send a heartbeat for a hold of any process by its id; see :meth:`Hold.extend`.
+        """Send a heartbeat for a hold by its id, whichever process reserved it; see :meth:`Hold.extend`.
 
         Args:
             ttl: seconds from now to the new deadline. If ``None``, the new deadline is 900 seconds from now, unless the
@@ -351,12 +353,12 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """Raise the reservation of a hold to new totals by its id, in all budgets or in none.
+        """Raise the reserved amounts of a hold, found by its id, to new totals. All totals are raised, or none.
 
         Since ``amounts`` are totals, a retry is harmless.
 
         Args:
-            ttl: seconds from now to the new deadline if the hold has expired. An open hold keeps its deadline.
+            ttl: for an expired hold, the seconds from now to the new deadline. An open hold keeps its deadline.
         """
         return self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
@@ -443,7 +445,7 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     def execute(self, command: Command, operation: str) -> Any:
-        """Run a script or command on other keys of the tenant than those of budgets. The agent uses this.
+        """Run a script or command on keys of the tenant that belong to no budget. The agent uses this method.
 
         If a reply is lost, the command is sent again until the deadline, so the store may execute the command twice.
 

@@ -1,4 +1,7 @@
-"""The store of a limiter, by its URL: a single server, one behind Sentinel or on a cluster, or the embedded server."""
+"""The store of a limiter. The store's URL determines the kind of store.
+
+The kinds are a single server, a server behind Sentinel, a server of a cluster, and the embedded server.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ class EmbeddedStore(Store):
         return super().forget()
 
     def failure(self, error: Exception) -> Exception:
-        """See :class:`Store`. If the server and its supervisor have died, a connection failure starts both again."""
+        """See :class:`Store`.
+
+        After a connection failure, the embedded server and its supervisor are started again if both have died.
+        """
         translated = super().failure(error)
         if isinstance(translated, Transient):
             self._restart()

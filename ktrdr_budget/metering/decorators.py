@@ -137,17 +137,20 @@ def current_hold() -> AsyncHold | Hold:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """The qualified name of a function, of the function in a ``functools.partial``, or of a callable's class."""
+    """The qualified name of a function.
+
+    For a ``functools.partial``, this is the name of the wrapped function; for another callable object, of its class.
+    """
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _cost_to_commit(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:
-    """Return the cost of a result, or ``None`` if the cost was accrued instead.
+    """Compute the cost of a result. Return the amount to commit, or ``None`` if nothing is to be committed yet.
 
-    The cost is accrued if calls inside the hold, such as streams, are still in progress. If ``cost`` raises an error,
-    the estimate is accrued, because the work is done.
+    If calls inside the hold, such as streams, are still in progress, the cost is only accrued. If the function ``cost``
+    raises an error, the estimate is accrued, because the work is done.
     """
     try:
         amounts = cost(result)

@@ -51,7 +51,10 @@ class Window:
         stored: str | None = None,
     ) -> None:
         self.has_grants = False
-        """Whether the store has granted a reservation of this replica in the window, and so has the window's limit."""
+        """Whether the store has granted a reservation of this replica in this window.
+
+        If so, the store has the limit of the window.
+        """
         self.budget = budget
         self.span = span
         self.flag = flag
@@ -66,12 +69,12 @@ class Window:
         bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
         limit_word = "-" if limit is None else str(limit)
         self.words = (self.name, flag, definition, *bounds, limit_word, "!" if asserts_limit else "?")
-        """The words that describe the window in a batch."""
+        """The arguments by which a batch describes the window to the store."""
 
     def __repr__(self) -> str:
         return f"<Window {self.name}>"
 
 
 def flag_of(budget: Budget) -> str:
-    """The flag of this budget's segments in hold records."""
+    """The letter for this budget in hold records. It stands for slots, dollars or a count."""
     return SLOTS if budget.kind == "slots" else DOLLARS if budget.unit == "usd" else COUNT

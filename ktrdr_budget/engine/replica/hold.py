@@ -46,19 +46,22 @@ class OfflineBacking(Protocol):
     def settle(
         self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str
     ) -> SettlingOperation | Settlement:
-        """Settle the hold at once, or return the operation to send. If ``amounts`` is ``None``, release the hold."""
+        """Settle the hold at once and return the settlement, or return the operation to send to the store.
+
+        If ``amounts`` is ``None``, release the hold.
+        """
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
         """Extend the hold in this process; return false if the store must extend the hold.
 
         Args:
-            parts: returns the new totals, computed from the current totals.
-            ttl_ms: the ttl of a heartbeat; ``None`` if the hold grows.
+            parts: a function that computes the new totals from the current totals.
+            ttl_ms: the ttl that a heartbeat sets; ``None`` if the hold is to grow.
         """
 
 
 class HoldBase:
-    """Base class of sync and async holds; subclasses add only the waiting."""
+    """Base class of sync and async holds. The subclasses add only the methods that wait for the store."""
 
     __slots__ = (
         "_accrued",
@@ -108,25 +111,25 @@ class HoldBase:
         self.deadline_ms = deadline_ms
         """The hold's deadline, by the store's clock."""
         self.request = request
-        """The name of the granted reservation request, if the caller chose the id."""
+        """The name of the reservation request to which the hold was granted; empty if the hold's id was generated."""
         self.granted = granted
-        """The record as the store granted it, until the hold is extended or grows."""
+        """The hold's record at the grant; ``None`` if it is unknown, or if the record has changed since the grant."""
         self.offline = offline
         """The local backing of a hold that was granted while the store was unreachable; else ``None``."""
         self.offline_record: HoldRecord | None = None
-        """The record of an offline hold at its grant."""
+        """The hold's record at the grant, if the hold was granted offline; else ``None``."""
         self._accrued: dict[str, int] = {}
         self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
-        """Whether the settlement was sent; it does not include later accruals."""
+        """Whether a settlement is in progress. The settlement does not include amounts that are accrued meanwhile."""
         self.uncertain_commit: Sequence[CommitAmount] | None = None
-        """The amounts of a commit without a reply; at the end of the block the same amounts are committed again."""
+        """The amounts of a commit that had no reply. The end of the block commits the same amounts again."""
         self.drawn: dict[str, int] = {}
         """The worst-case remaining cost of the calls in progress inside this hold, in whole units per budget."""
         self.growth: Any = None
         """The queue of calls for which the hold must grow."""
         self.in_doubt_growth: tuple[Mapping[str, int], Mapping[str, int]] | None = None
-        """If growth had no reply: the increase and the previous totals. The caller may repeat the growth."""
+        """If growth had no reply: the increase and the previous totals, for a retry by the caller."""
         self.last_growth: Mapping[str, int] = _NOTHING
         """The totals after the last completed growth."""
         self.lock = threading.Lock()
@@ -137,9 +140,9 @@ class HoldBase:
         self.granted_in: str | None = engine.state.epoch
         """The store's epoch in which the hold was granted or last seen."""
         self.replayed = record is not None
-        """Whether the same reservation was granted before; this object then shows the current state of the hold."""
+        """Whether an earlier call with the same id reserved the hold. If so, this object shows its present state."""
         self.released_by_operator = record is not None and record.state == codes.RELEASED_BY_OPERATOR
-        """Whether an operator released the hold, or the hold's caller was gone; a later commit still counts."""
+        """Whether the hold was released by an operator, or because its caller was gone. A later commit still counts."""
         if record is not None:
             self.state = codes.STATES[record.state]
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
@@ -204,7 +207,7 @@ class HoldBase:
 
     @property
     def flags(self) -> dict[str, str]:
-        """The flag of each budget of the hold."""
+        """For each budget of the hold, the letter for slots, dollars or a count, as in the hold's record."""
         return {window.budget: window.flag for window, _ in self.parts}
 
     @property
@@ -213,7 +216,10 @@ class HoldBase:
         return [window for window, _ in self.parts]
 
     def unit_of(self, name: str) -> str:
-        """The unit of a budget of the hold; ``count`` if the budget counts and this replica has no such budget."""
+        """The unit of a budget of the hold.
+
+        If this replica does not have the budget, the result is ``usd``, or ``count`` for every other unit.
+        """
         budget = self.engine.state.budgets.get(name)
         return budget.unit if budget else next(window.unit for window, _ in self.parts if window.budget == name)
 
@@ -239,7 +245,7 @@ class HoldBase:
             self._accrued |= added(self._accrued, more, self.unit_of)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
-        """Add whole units to the accrued amount. Negative units remove an excess that may have been reported."""
+        """Add whole units to the accrued amount. Negative units correct an excess, even if it was reported before."""
         with self.lock:
             self.adjust_locked(changes)
 
@@ -361,6 +367,9 @@ def check_on_error(value: object) -> None:
 
 
 def restore_hold(outer: Token[HoldBase | None]) -> None:
-    """Restore the previous current hold; do nothing for a generator that is closed in another context."""
+    """Restore the current hold of the surrounding code.
+
+    If the block belongs to a generator that is closed in another context, this has no effect.
+    """
     with suppress(ValueError):
         current_hold.reset(outer)

@@ -1,15 +1,21 @@
-"""A replica's journal: acknowledged operations, to be replayed if the store loses them (P13).
+"""A replica's journal: operations that the store has acknowledged. If the store loses them, they are replayed (P13).
 
-The journal has four kinds of entries: run-time *limits* that this replica has set or has read from the store, the
-replica's *subtotal* of the spend in each window, *holds* that were granted to the replica, and a bounded number of
-recent *settlements*. Each entry is identified by an id, a time or a total, so that a second replay changes nothing. The
-replay of a settlement also restores the id of the hold; the units of an evicted settlement are still in the subtotal.
-An entry for a hold or a settlement contains the hold's whole record, so that a repeated reservation still gets the
-original hold after a repair.
+The journal has four kinds of entries:
 
-Each settlement counts in the subtotal of exactly one replica: the one that settled the hold, which the store's record
-names. If a second replica sends the same settlement, the store returns the existing one. The second replica journals
-it, too, and can restore it after a data loss on behalf of the first replica, which may be gone by then.
+- *limits* that this replica has set at run time or has read from the store;
+- the replica's *subtotal* of the spend in each window;
+- *holds* that were granted to the replica;
+- a bounded number of recent *settlements*.
+
+Each entry is identified by an id, a time or a total, so that a second replay changes nothing. The replay of a
+settlement also restores the id of the hold. If a settlement was evicted from the journal, only its units remain: they
+are in the subtotal. An entry for a hold or a settlement contains the hold's whole record, so that a repeated
+reservation still gets the original hold after a repair.
+
+Each settlement counts in the subtotal of exactly one replica: the replica that settled the hold. The store's record
+names this replica. If a second replica sends the same settlement, the store returns the existing settlement. The second
+replica journals that settlement, too. After a data loss, it can restore the settlement on behalf of the first replica,
+which may be gone by then.
 """
 
 from __future__ import annotations
@@ -47,20 +53,24 @@ from ktrdr_budget.models import Budget
 __all__ = ["Journal", "Repair"]
 
 SETTLEMENTS_MAX = 20_000
-"""The maximum number of settlements in the journal; of the newest settlements, at least half this number is kept."""
+"""The maximum number of settlements in the journal. An eviction keeps the newest: at least half this number."""
 HOLDS_MAX = 10_000
-"""The maximum number of holds in the journal; of the newest holds, at least half this number is kept.
+"""The maximum number of holds in the journal. An eviction keeps the newest: at least half this number.
 
-The number is below that of settlements, because a hold must not be kept longer than its settlement by another replica.
+The number is below :data:`SETTLEMENTS_MAX`. If another replica has settled a hold, the settlement must stay in that
+replica's journal for at least as long as the hold stays in this one.
 """
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
-"""The maximum age of a replayed settlement; the store drops the id of a settled hold after a day."""
+"""Settlements above this age are not replayed, because the store drops the id of a settled hold after a day."""
 _ID_MEMORY_MS = 86_400_000
 """The age after which the store has dropped the id of a settled hold, so that a new hold may have the same id."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
-"""The maximum age of a replayed hold; if another replica settled the hold, it replays the settlement as long."""
+"""Holds above this age are not replayed.
+
+If another replica has settled the hold, that replica replays the settlement up to the same age.
+"""
 _FRESH_MS = 2000
-"""Holds below this age are not checked for settlements by others: this replica soon settles most of them."""
+"""Holds below this age are not checked for a settlement by another replica: this replica soon settles most of them."""
 _WINDOWS_MAX = 4096
 _CLEARED = 1
 """``until_ms`` of a limit that was cleared."""
@@ -69,7 +79,7 @@ _CLEARED = 1
 class _Limit(NamedTuple):
     limit: RuntimeLimit
     definition: str
-    """The definition of the budget, in whose unit the limit is."""
+    """The definition of the budget. It shows the unit of the limit."""
 
 
 class _Hold(NamedTuple):
@@ -94,7 +104,7 @@ class _Settlement(NamedTuple):
     is_own: bool
     """Whether the settlement counts in this replica's subtotals."""
     replica: str
-    """The other replica for which the settlement counts, if the store's reply named one; else empty."""
+    """The other replica whose subtotals include the settlement, if the store's reply named one; else empty."""
     at_ms: int
 
 
@@ -126,7 +136,7 @@ class Repair:
 class Journal:
     """The journal of one replica.
 
-    The journal does no I/O. A write is cheap, because each call of the limiter writes to the journal.
+    The journal does no I/O. A write must be cheap, because each call of the limiter writes to the journal.
     """
 
     def __init__(self, replica: str = "") -> None:
@@ -138,7 +148,7 @@ class Journal:
         self._windows: dict[str, Window] = {}
         """Windows by their keys."""
         self._evicted_units: dict[str, int] = {}
-        """The units of evicted settlements in this replica's subtotal of each window."""
+        """For each window, the part of this replica's subtotal that comes from evicted settlements."""
         # Holds and settlements have two generations each: to drop the older generation at once costs nothing.
         self._holds: dict[str, _Hold] = {}
         self._older_holds: dict[str, _Hold] = {}
@@ -147,7 +157,7 @@ class Journal:
         self._limits: dict[str, _Limit] = {}
         """The limits that this replica has set, cleared or read, by budget."""
         self._checked = 0
-        """How many of the holds were checked for settlements by others in this round."""
+        """How many of the holds this round has checked for a settlement by another replica."""
         self.forgotten_settlements = 0
         """The number of evicted settlements."""
         self.forgotten_holds = 0
@@ -172,7 +182,11 @@ class Journal:
             self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def seen(self, hold_id: str, record: str, now_us: int) -> None:
-        """Update a hold from the record that the store had at this time; if the hold is settled, drop it."""
+        """Update a hold from the store's record; if the hold is settled, drop it.
+
+        Args:
+            now_us: when the store had this record.
+        """
         for holds in (self._holds, self._older_holds):
             known = holds.get(hold_id)
             if known is not None and known.seen_us <= now_us:  # else this replica has changed it since
@@ -187,7 +201,11 @@ class Journal:
         return None if known is None else parse_record(known.record)
 
     def holds_to_check(self, now_ms: int, most: int) -> list[str]:
-        """The ids of open holds that another replica may have settled. Each call returns the next ``most`` of them."""
+        """The ids of some open holds that another replica may have settled.
+
+        Args:
+            most: how many holds one call goes through. The next call continues after these holds.
+        """
         holds = chain(self._older_holds.items(), self._holds.items())
         some = list(islice(holds, self._checked, self._checked + most))
         self._checked = self._checked + most if len(some) == most else 0
@@ -215,7 +233,7 @@ class Journal:
         """Journal an acknowledged settlement.
 
         Args:
-            windows: the windows in which the settlement counts, if the windows of the operation are others.
+            windows: the windows in which the settlement counts; ``None`` for the windows of the operation.
         """
         hold_id = op.hold_id
         hold = self._pop_hold(hold_id)
@@ -245,12 +263,12 @@ class Journal:
     def counts_here(self, settled: Settled) -> bool:
         """Whether a settlement counts in this replica's subtotals.
 
-        A replay counts if this replica made the first attempt.
+        The store may have executed an earlier attempt. The settlement then counts for the replica of that attempt.
         """
         return not settled.replayed or settled.replica == self._replica
 
     def replayed(self, hold_id: str, reply: Reply) -> None:
-        """Set the replica for which a replayed settlement counts: the replica in the store's record."""
+        """After a replay, set the replica whose subtotals include the settlement. The store's record names it."""
         if isinstance(reply, Settled) and reply.replayed and reply.replica:
             is_own = reply.replica == self._replica
             for generation in (self._older_settlements, self._settlements):
@@ -308,7 +326,12 @@ class Journal:
         self._limits[budget.name] = _Limit(RuntimeLimit(None, _CLEARED, changed_us), budget.definition)
 
     def limit_seen(self, budget: Budget, limit: RuntimeLimit | None, now_us: int) -> None:
-        """Journal the limit that the store had at this time; ``None`` if the store had no limit."""
+        """Journal a limit that was read from the store.
+
+        Args:
+            limit: ``None`` if the store had no limit.
+            now_us: when the store had this limit.
+        """
         known = self._limits.get(budget.name)
         if known is not None and known.limit.changed_us > now_us:
             return  # the journal has a later change
@@ -320,7 +343,7 @@ class Journal:
     # -- replay --------------------------------------------------------------------------------------------------------
 
     def limits(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """The operations to replay first: limits in force, and cleared limits."""
+        """The operations to replay first. They set the limits in force, and clear the limits that were cleared."""
         return [
             ReplayLimit(keys.hold("-"), name, *limit, definition)
             for name, (limit, definition) in self._limits.items()
@@ -328,7 +351,10 @@ class Journal:
         ]
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """The operations to replay after the limits: recent settlements. Holds too old for a replay are dropped."""
+        """The operations to replay after the limits. They restore recent settlements.
+
+        This method also drops the holds that are too old for a replay.
+        """
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._older_holds, self._holds):
             for hold_id in [hold_id for hold_id, hold in holds.items() if hold.seen_us < oldest_us]:
@@ -354,7 +380,7 @@ class Journal:
         return SettleOnBehalf(settlement.replica, op) if settlement.replica else op
 
     def totals(self, keys: Keys) -> list[ReplayTotal]:
-        """The operations to replay after the settlements: subtotals. The store raises its own subtotals to these."""
+        """The operations to replay after the settlements. They raise the store's subtotals to those of this replica."""
         totals = dict(self._evicted_units)
         for generation in (self._older_settlements, self._settlements):
             _add_own(totals, generation.values())
@@ -362,7 +388,7 @@ class Journal:
         return [ReplayTotal(key, self._windows[name], units) for name, units in totals.items() if units]
 
     def holds(self, keys: Keys) -> list[Restore]:
-        """The operations to replay last: open holds."""
+        """The operations to replay last. They restore open holds."""
         return [
             Restore(hold_id, keys.hold(hold_id), self._windows_of(hold.windows), hold.record)
             for hold_id, hold in (self._older_holds | self._holds).items()

@@ -1,13 +1,15 @@
 """The outbox of a replica: requests to send once the store replies again.
 
 A settlement is *deferred* if the caller continued without the store (policies ``allow`` and ``lease``). A request is
-*in doubt* if its reply was lost. A settlement or report that failed in another way is also in doubt if the caller will
-not retry it.
+*in doubt* if its reply was lost. A *report* sends the accrued amount of a hold. A settlement or report that failed in
+another way is also in doubt if its caller will not retry it.
 
-The outbox sends a settlement or report again; the id of the hold makes that harmless. If a reservation in doubt has a
-generated id, the hold is released; if the reservation arrives at the store later, the store refuses it. If the caller
-chose the id, the hold is not released but only looked up, because the caller may retry and then receives the hold. If
-that caller is gone, the hold is released if this very request has created it.
+A settlement or report is sent again. This is harmless, because the request has the id of the hold. A reservation in
+doubt is not sent again:
+
+- If the id was generated, the hold is released. If the reservation arrives at the store later, the store refuses it.
+- If the caller chose the id, the hold is only looked up, because the caller may retry and then receives the hold.
+- If that caller is gone, the hold is released, but only if it was granted to this very request.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ DEFERRED_MAX = 100_000
 IN_DOUBT_MAX = 10_000
 
 Kind = Literal["deferred", "settlement", "report", "by id", "release", "look up"]
-"""``by id``: a settlement or report whose hold was not read yet. ``release``: the release of an unreceived grant."""
+"""Kinds of entries.
+
+``by id``: a settlement or report by id, for which the hold's record must be read first. ``release``: the release of a
+hold whose caller did not receive the grant. ``look up``: a reservation whose hold is looked up.
+"""
 FACTS = frozenset({"settlement", "report", "by id"})
 OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
 """Outcomes of a request in doubt.
@@ -42,7 +48,7 @@ class Entry:
     """One request in the outbox.
 
     Args:
-        request: the operation to send, or a prepared fact until the hold has been read.
+        request: the operation to send; or, before the hold's record is read, a prepared settlement or report.
         maybe_executed_us: when the first attempt may have been executed, by the store's clock, in microseconds;
             ``None`` if no attempt was sent.
     """
@@ -82,15 +88,18 @@ class Outbox:
         self.in_doubt = 0
         """The number of requests in doubt."""
         self.deferred_lost = 0
-        """Dropped deferred settlements: the outbox was full, or they were too old to be sent again safely."""
+        """The number of deferred settlements that were dropped: the outbox was full, or a resend was no longer safe."""
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        """The number of ended requests in doubt, by outcome."""
+        """How many requests in doubt have ended, by outcome."""
 
     def __len__(self) -> int:
         return self.deferred + self.in_doubt
 
     def __iter__(self) -> Iterator[Entry]:
-        """Iterate over the requests in doubt, then over the deferred settlements; the oldest id comes first."""
+        """Iterate over the requests in doubt, then over the deferred settlements.
+
+        Each group begins with its oldest id.
+        """
         for queue in (self._in_doubt, self._deferred):
             for entries in list(queue.values()):
                 yield from list(entries)
@@ -116,7 +125,7 @@ class Outbox:
         return self._evict(queue) if self.in_doubt > IN_DOUBT_MAX else None
 
     def _replaces(self, other: Entry, entry: Entry, known: list[Entry]) -> bool:
-        """Whether the new entry needs no place: a queued entry is equivalent, or was replaced by the new entry."""
+        """Whether ``entry`` need not be added, because ``other`` is equivalent or was replaced by ``entry``."""
         if entry.kind == "deferred":
             same = other.equivalent(entry)
             if same and other.maybe_executed_us is None:
@@ -136,7 +145,7 @@ class Outbox:
         return oldest
 
     def end(self, entry: Entry, outcome: str) -> bool:
-        """Remove an entry with this outcome; return whether it was still queued."""
+        """Remove an entry, and count its outcome; return whether the entry was still queued."""
         queue = self._queue(entry.kind)
         entries = queue.get(entry.hold_id, [])
         if entry not in entries:
@@ -154,7 +163,10 @@ class Outbox:
         return True
 
     def retried(self, hold_id: str, *, settled: bool) -> bool:
-        """Remove the requests in doubt of this id after a reply to a retry; remove facts only if ``settled``.
+        """Remove the requests in doubt of this id, because a retry by the caller has received a reply.
+
+        Args:
+            settled: whether the retry was a settlement. If not, settlements and reports stay in the outbox.
 
         Returns:
             Whether a settlement was in doubt.
@@ -178,5 +190,5 @@ class Outbox:
 
 
 def _request_of(entry: Entry) -> str:
-    """The name of the reservation request that the entry reserves or releases; empty for a fact."""
+    """The name of the reservation request that the entry repeats or releases; empty for a settlement or report."""
     return getattr(entry.request, "request", "")

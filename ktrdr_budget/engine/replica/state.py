@@ -24,13 +24,14 @@ __all__ = ["MAX_BUDGETS", "MAX_HOLDS", "RETENTION_DAYS", "RETENTION_DAYS_MIN", "
 MAX_HOLDS = 1_000_000
 RETENTION_DAYS = 35
 RETENTION_DAYS_MIN = 2
-"""If the retention were shorter, the store would drop a window while the last holds of the window can be settled."""
+"""With a shorter retention, the store would drop a window whose last holds can still be settled."""
 _RETENTION_DAYS_MAX = 3650
 MAX_BUDGETS = 1_000
 _CACHED_WINDOWS = 1024
 _FORGOTTEN_AFTER_MS = LONGEST_HOLD_MS
 SLOW_BATCH_EVERY_S = 1.0
-"""Seconds between two batches by the full script, which finds due holds and records that this replica is alive."""
+"""At this interval, a batch goes through the full script, not the fast path. Only the full script finds holds that are
+past their deadline, and records that this replica is alive."""
 SLOW_BATCHES_AFTER_MISS = 8
 
 
@@ -78,7 +79,7 @@ class ReplicaState:
         self.on_suspicion: Callable[[], None] | None = None
         """Called when a read's reply suggests a data loss."""
         self.on_late_reply: Callable[[], None] | None = None
-        """Called if a reply from before a data loss is read after the detection; the writes it reports are lost."""
+        """Called if a reply from before a data loss arrives after its detection. The writes in that reply are lost."""
         self.policy_checked = False
         """Whether the store's eviction policy was read, or is being read."""
         self.renew()
@@ -151,7 +152,7 @@ class ReplicaState:
     # -- the fast path -------------------------------------------------------------------------------------------------
 
     def use_fast_path(self) -> bool:
-        """Whether the next batch may take the fast path."""
+        """Whether the next batch may take the fast path: a script that executes only the most frequent operations."""
         if self._slow_batches > 0:
             self._slow_batches -= 1
             return False
@@ -162,7 +163,10 @@ class ReplicaState:
         return True
 
     def fast_path_missed(self) -> None:
-        """Skip the fast path for the next batches: the cause (an exhausted budget, say) usually persists."""
+        """Avoid the fast path for the next batches, because it could not execute this one.
+
+        The cause, such as an exhausted budget, usually persists.
+        """
         self._slow_batches = SLOW_BATCHES_AFTER_MISS
 
     # -- the store's clock ---------------------------------------------------------------------------------------------
@@ -174,9 +178,10 @@ class ReplicaState:
     def set_clock(self, now_us: int, age_us: int) -> None:
         """Set the store's clock from a reply.
 
-        The start of this replica is estimated between the real start and the reply. So a replica that is made after the
-        first reply to another replica has the later start. If the start is ahead of the store's clock, the clock was
-        set back after the start was estimated.
+        The first reply also sets this replica's start by the store's clock. The estimate is between the real start and
+        the reply. So a replica that is made after another replica's first reply always has the later start.
+
+        Once the store's clock is behind the start, the clock was set back. The start is then set to the clock's time.
 
         Args:
             age_us: the age of this replica when it sent the request.
@@ -253,7 +258,7 @@ class ReplicaState:
     def journal_settlement(self, op: SettlingOperation, settled: Settled, now_ms: int) -> None:
         """Journal an acknowledged settlement.
 
-        If a record of spend is a replay, the amount counts in the windows of the first attempt.
+        If the store had executed an earlier attempt of a record of spend, the amount counts in that attempt's windows.
         """
         windows = op.windows
         if settled.windows:

@@ -1,12 +1,12 @@
 """Connections that carry batches: one request and one reply at a time, without the overhead of a client.
 
-redis-py opens each connection (name resolution, TLS, authentication, database); then this module takes over its
-stream. A round trip by redis-py's client would cost as much time as the rest of a call.
+redis-py opens each connection (name resolution, TLS, authentication, database). Then this module takes over the stream
+of the connection, because a round trip by redis-py's client would cost as much time as the rest of a call.
 
 A connection can be dead without a sign: a NAT or a firewall that has dropped its state discards packets silently.
-Therefore a connection that was idle for longer than ``IDLE_MAX_S`` is replaced before its next request, and a request
-without a reply after ``HEDGE_SHARE`` of its time is sent a second time, on a new connection (:mod:`.node`).
-Idempotency keys make the second attempt safe.
+Therefore a connection that was idle for longer than ``IDLE_MAX_S`` is replaced before its next request. If the share
+``HEDGE_SHARE`` of the time until a request's deadline passes without a reply, the request is sent a second time, on a
+new connection (:mod:`.node`). Idempotency keys make the second attempt safe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ IDLE_MAX_S = 2.0
 """A connection that was idle for longer than this is not used again. An idle replica sends a probe each second, so that
 one connection is always ready for the next call."""
 HEDGE_SHARE = 0.25
-"""The share of a request's time after which a request without a reply is also sent on a second connection."""
+"""If this share of the time until a request's deadline passes without a reply, the request is also sent on a second
+connection."""
 
 
 class ReplyError(Exception):
@@ -42,7 +43,7 @@ class ConnectionPool:
         """Connections without a request; the most recently used connection is the last."""
         self.on_close = on_close
         self.on_silent: Callable[[Connection], None] | None = None
-        """Called with a connection whose request has no reply after :data:`HEDGE_SHARE` of its time."""
+        """Called if :data:`HEDGE_SHARE` of a request's time passes without a reply. The argument is the connection."""
         self._draining = False
 
     def check_out(self) -> Connection | None:
@@ -225,14 +226,14 @@ class Connection(asyncio.Protocol):
             self._pool.put_back(self)
 
     def supersede(self, reply: Any) -> None:
-        """Complete the request with a reply from another connection, and close this one, which stayed silent."""
+        """Complete the request with a reply from another connection. Close this connection, which stayed silent."""
         on_reply, self._on_reply = self._on_reply, None
         self.discard()
         if on_reply is not None:
             on_reply(reply)
 
     def discard(self) -> None:
-        """Close the connection without a call of the pool's ``on_close``, because the server is not suspect."""
+        """Close the connection. Do not call the pool's ``on_close``, because the server need not be at fault."""
         self._discarded = True
         self.abort()
 
@@ -248,7 +249,7 @@ class Connection(asyncio.Protocol):
     # -- the deadline --------------------------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
-        """Set the one timer, which serves many requests: a timer for each would cost as much as sending it."""
+        """Set the connection's only timer. A timer for each request would cost as much as sending the request."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_at(self._wake_s, self._on_timer)

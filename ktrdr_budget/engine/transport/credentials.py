@@ -13,7 +13,7 @@ __all__ = ["CredentialSource", "Credentials", "credentials_for"]
 
 CredentialSource = Any
 """A ``CredentialProvider`` of redis-py, or a callable without arguments. Either returns ``(username, password)``,
-``(password,)`` or a password. (Not spelled as types: redis-py is imported at the first connection only.)"""
+``(password,)`` or a password. (The type is ``Any``, because redis-py is imported only at the first connection.)"""
 
 
 class Credentials:
@@ -41,7 +41,10 @@ class Credentials:
         return _validated(fetched)
 
     async def get_credentials_async(self) -> tuple[str, ...]:
-        """Fetch the credentials; called by redis-py for each connection. A blocking source runs in a thread."""
+        """Fetch the credentials; called by redis-py for each connection.
+
+        If the caller's provider has no async method, the provider is called in a thread.
+        """
         if self._fetch_async is None:
             return await asyncio.to_thread(self.get_credentials)
         try:
@@ -58,7 +61,7 @@ def credentials_for(source: CredentialSource | None, url: StoreUrl | None) -> Cr
         url: the store's URL; ``None`` for the embedded server, which has no users.
 
     Raises:
-        InvalidArgument: the source is not a provider, or the URL contains a login as well.
+        InvalidArgument: ``source`` is not a provider, there is no URL, or the URL contains a login as well.
     """
     if source is None:
         return None

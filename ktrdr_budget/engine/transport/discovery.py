@@ -154,7 +154,7 @@ class Discovery:
         await asyncio.Event().wait()
 
     def add_node(self, address: Address) -> None:
-        """Add a server of the store, named by a redirect, to the sources."""
+        """Add a server of the store to the sources. A redirect has named this server."""
 
     async def close(self) -> None:
         """Close the connections to all sources."""
@@ -172,7 +172,10 @@ class Discovery:
         return source
 
     async def query(self, addresses: Iterable[Address], *commands: Sequence[str]) -> list[tuple[Address, Any]]:
-        """Query these sources concurrently. Return the replies or the exception of each source that is not late."""
+        """Query these sources concurrently.
+
+        Return the addresses of the sources that were not late, each with the source's replies or exception.
+        """
         tasks = {asyncio.ensure_future(self._source(address).query(commands)): address for address in addresses}
         loop = asyncio.get_running_loop()
         pending, outcomes, ends_s = set(tasks), list[tuple[Address, Any]](), loop.time() + QUERY_TIMEOUT_S
@@ -220,7 +223,7 @@ class _SentinelView:
 
 
 class SentinelDiscovery(Discovery):
-    """Finds the master of a service, by the most recent view among the sentinels."""
+    """Finds the master of a service. If the sentinels disagree, the most recent view counts."""
 
     always_checks = True
 
@@ -255,7 +258,9 @@ class SentinelDiscovery(Discovery):
 
 
 class ClusterDiscovery(Discovery):
-    """Finds the primary of a slot, by the first reply that does not name the suspect.
+    """Finds the primary of a slot. The first reply that names another server than the suspect counts.
+
+    If every reply names the suspect, the suspect is the primary.
 
     Args:
         slot: the slot of the tenant's keys.

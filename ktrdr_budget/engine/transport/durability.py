@@ -1,4 +1,4 @@
-"""Wait for the confirmation that a batch's writes are on a replica, or on disk (P13)."""
+"""Wait until the server confirms that a batch's writes are on one of the server's replicas, or on disk (P13)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["Durability", "check_durability", "execute_durably"]
 
 Durability = Literal["memory", "replica", "disk"]
 _REPLY_MARGIN_S = 0.15
-"""Time kept for the reply: a server checks the timeouts of blocked clients ten times a second."""
+"""This much of a request's time is left for the reply. The reply may be late, because a server checks the timeouts of
+blocked clients only ten times a second."""
 _UNCONFIRMED = {"replica": "no replica has confirmed it", "disk": "it is not on disk yet"}
 
 
@@ -31,7 +32,7 @@ async def execute_durably(
     """Send a batch, and return its reply once the writes of the batch are confirmed.
 
     Args:
-        asking: whether ``ASKING`` is sent first, because the node is importing the slot.
+        asking: whether to send ``ASKING`` first. A node that is importing the slot requires this.
         meta: the tenant's ``meta`` key.
         within_s: the longest wait, in seconds.
 

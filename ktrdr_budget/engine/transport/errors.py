@@ -1,4 +1,4 @@
-"""Translation of failures: from redis-py's errors and error replies to the errors of this package."""
+"""Translation of failures into the errors of this package. A failure is an exception or an error reply."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Redirection(NamedTuple):
     """A redirect of a cluster node: permanent (MOVED), or for this request only (ASK), while a slot migrates."""
 
     host: str
-    """The host of the target; empty if the target has the host of the redirecting node."""
+    """The host of the target; empty if it is the host of the node that sent the redirect."""
     port: int
     asking: bool
 
@@ -129,7 +129,10 @@ def translate(error: Exception, shown: str) -> Exception:
 
 
 def _connect_failure(error: Exception) -> str:
-    """Why a connection could not be opened, without the address, which redis-py repeats."""
+    """Why a connection could not be opened.
+
+    The address is removed from the text of redis-py, because the error of this package already contains the URL.
+    """
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ssl.SSLError):
         return without_secrets(cause)
@@ -144,7 +147,10 @@ def _connect_failure(error: Exception) -> str:
 
 
 def _reply_text(error: Exception) -> str:
-    """The text of an error reply with its code. redis-py removes the code if the code has a class in redis-py."""
+    """The text of an error reply, beginning with the code.
+
+    redis-py raises an exception class of its own for some codes, and removes such a code from the text.
+    """
     name = type(error).__name__
     code = {"ReadOnlyError": "READONLY", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN"}
     code |= {"MasterDownError": "MASTERDOWN", "BusyLoadingError": "LOADING"}
@@ -170,7 +176,7 @@ def unavailable(
     Args:
         error: the last failure; ``None`` if the store replied and the call waited for another reason.
         timeout: the time that the call had, in seconds.
-        waited: why the call waited if ``error`` is ``None``; if empty, the call waited for its turn.
+        waited: if ``error`` is ``None``, why the call waited; empty if the call waited for its turn.
     """
     if error is None:
         text = f"store at {shown}: {waited or 'the call waited for its turn'}; gave up after {timeout:g} s"

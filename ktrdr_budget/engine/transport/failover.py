@@ -1,10 +1,11 @@
-"""Stores whose server changes: the master that Sentinel names, or the primary of a slot of a cluster.
+"""Stores whose server can change: the master that Sentinel names, or the primary for one slot of a cluster.
 
-All keys of a tenant are in one slot, so a limiter uses one server at a time, over the same connections as a store on a
-single server. In addition, this module discovers that server. After each failure the server is suspect, and is
-discovered again before the next attempt. Once a second, and at each notification by Sentinel, the module checks whether
-the server is still the primary. If not, its connections are closed, because an old master behind a partition would
-continue to reply.
+All keys of a tenant are in one slot, so a limiter uses one server at a time. The connections are the same as for a
+store on a single server; the task of this module is to discover that server.
+
+After a failure the server is suspect, and the primary is discovered again before the next attempt. Once a second, and
+at each notification by Sentinel, the module checks whether the server is still the primary. If the server is not, the
+module closes the connections to it, because an old master behind a partition would continue to reply.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ async def hedged(
     second: Callable[[], Awaitable[Result]],
     ignored: tuple[type[Exception], ...],
 ) -> Result:
-    """Await ``first()``; if it is still running at the given time, start ``second()`` concurrently.
+    """Await ``first()``. If ``first()`` is still running at ``second_at_s``, start ``second()`` concurrently.
 
     If the second attempt fails with one of ``ignored``, the first continues alone.
     """

@@ -130,7 +130,7 @@ class Node:
         """Send one command by redis-py's client.
 
         Args:
-            asking: whether ``ASKING`` is sent first, because the node is importing the slot.
+            asking: whether to send ``ASKING`` first. A node that is importing the slot requires this.
         """
         return await self.with_hedge(partial(self._execute, words, asking), deadline, on_resend)
 

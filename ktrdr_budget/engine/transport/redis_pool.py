@@ -22,9 +22,9 @@ from ktrdr_budget.engine.transport.resp import pack
 __all__ = ["pool_of"]
 
 _CHECK_AFTER_S = 0.2
-"""Seconds without a reply on the first connection after which the server's protocol is checked."""
+"""If the first connection has no reply for this many seconds, the server's protocol is checked."""
 _CHECKS = 2
-"""How often the protocol is checked at most, since the server or this machine may be busy."""
+"""The maximum number of checks. A check may find nothing, because the server or this machine is busy."""
 
 
 class _Detachable:

@@ -27,7 +27,7 @@ _REDIRECTIONS_MAX = 5
 
 
 def _may_run_twice() -> None:
-    """The ``on_resend`` of a request whose second execution does no harm."""
+    """Does nothing: the ``on_resend`` of a request that may be executed twice without harm."""
 
 
 class Store:
@@ -98,7 +98,7 @@ class Store:
 
     @property
     def ready(self) -> bool:
-        """Whether there is an idle connection. :meth:`begin` may still find that it was idle for too long."""
+        """Whether there is an idle connection. It may have been idle for too long: :meth:`begin` checks the time."""
         return bool(self._connections.idle)
 
     def begin(
@@ -190,7 +190,7 @@ class Store:
             raise failure from None
 
     async def run(self, command: Command | Read, deadline: float) -> Any:
-        """Run a read script or a plain command and return its reply; the write script is sent as a batch.
+        """Run a script or a plain command, and return the reply. The write script is sent by :meth:`apply`.
 
         Args:
             deadline: when the wait for the reply ends, in the event loop's time.
@@ -261,7 +261,7 @@ class Store:
         return None
 
     def _on_failure(self, node: Node, error: Exception | None) -> None:
-        """Handle the failure of a request to this server, or its cancellation (``None``)."""
+        """Handle the failure of a request to this server. If ``error`` is ``None``, the request was cancelled."""
 
     def failure(self, error: Exception) -> Exception:
         """Translate a failure of the transport; see :func:`~.errors.translate`."""

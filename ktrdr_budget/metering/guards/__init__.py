@@ -64,14 +64,14 @@ def guard(
         limiter: an :class:`AsyncBudgetLimiter` for an async client, a :class:`BudgetLimiter` for a sync client.
         budgets: the budgets charged by each call.
         pricer: the source of prices; by default as for :class:`~ktrdr_budget.metering.meter.Meter`.
-        provider: the provider's name in the price list; needed if the client's ``base_url`` is another provider's
+        provider: the provider's name in the price list; needed if the client's ``base_url`` belongs to another provider
             (``openrouter``, …).
         max_output_tokens: the output limit that the guard adds to requests that set none. If ``None``, the model's
             published output limit is reserved for such a request, or else the model's context window. If neither is
             known, the request is refused.
         max_input_tokens: an upper bound of input that the request only refers to: documents, files, and stored
             conversations. If ``None``, requests with such input are refused.
-        unseen_output_tokens: tokens charged, if a stream breaks off, for output that was produced but had not arrived.
+        unseen_output_tokens: if a stream breaks off, the tokens charged for output that was produced but not received.
         allow_unmetered: whether to send calls that cannot be metered; by default they are refused. Such calls are
             recorded only if they report usage.
 

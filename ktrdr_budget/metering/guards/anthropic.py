@@ -29,7 +29,8 @@ __all__ = ["AnthropicDialect"]
 IMAGE_TOKENS_MAX = 5_000
 """One token per 28 x 28 pixels; images are scaled down to at most 2,576 pixels, which is 4,784 tokens."""
 CLIENT_TOOL_TOKENS_MAX = 1_500
-"""A conservative assumption for the definition of a tool that the provider defines and the caller runs."""
+"""Some tools are defined by the provider and run by the caller. This number is a conservative assumption for the
+definition of such a tool."""
 
 _MESSAGES = re.compile(r"/v1/messages/?$")
 _FREE = re.compile(
@@ -38,8 +39,8 @@ _FREE = re.compile(
 _CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
 _READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
 _READABLE_ENDINGS = ("tool_use", "_result", "_output", "_error")
-"""Endings of the types of earlier calls of the provider's tools, and of the results of these calls. The blocks within
-the results are checked separately."""
+"""Endings of block types: earlier calls of the provider's tools, and the results of these calls. The blocks within a
+result are checked separately."""
 _UNBOUNDED = ("container", "mcp_servers", "fallback_credit_token", "compaction", "inference_geo")
 _SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
 """Models that think only if the request enables thinking. Other models may think without it."""
@@ -115,7 +116,10 @@ def _blocks(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _longest_tool(body: dict[str, Any]) -> int:
-    """Return the bound of a reference to a tool: the provider replaces the reference by the tool's definition."""
+    """Return the bound of a reference to a tool: the size of the longest definition of a tool.
+
+    The provider replaces the reference by the definition of that tool.
+    """
     return max([text_bytes(json.dumps(tool)) for tool in body.get("tools") or []], default=0)
 
 
@@ -156,7 +160,7 @@ class _MessagesUsageParser(UsageParser):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._output_reported = False
-        """Whether a ``message_delta`` has reported the output; the count in ``message_start`` is a placeholder."""
+        """Whether a ``message_delta`` event has reported the output. The count in ``message_start`` is not a report."""
 
     def parse_document(self, document: dict[str, Any]) -> None:
         self.final = self.merge(document.get("usage"))

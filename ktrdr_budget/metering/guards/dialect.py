@@ -10,7 +10,7 @@ from ktrdr_budget.metering.guards.usage_parser import UsageParser
 __all__ = ["Dialect", "Route"]
 
 Route = Literal["free", "refused"] | str
-"""``free`` (costs nothing, is sent), ``refused`` (may cost money, has no meter), or the name of a metered endpoint."""
+"""``free``: costs nothing, is sent. ``refused``: may cost money, has no meter. Otherwise: a metered endpoint's name."""
 
 
 class Dialect(Protocol):

@@ -14,7 +14,7 @@ from ktrdr_budget.metering.metered_call import MeteredCall
 __all__ = ["MeteredResponse", "ProviderStreamError"]
 
 USAGE_TIMEOUT_S = 1.0
-"""How long a stream is read on for its usage report, if the caller closes it after the last output."""
+"""If the caller closes a stream after the last output, the guard waits this long for the usage report."""
 
 
 class ProviderStreamError(Exception):
@@ -30,7 +30,7 @@ class MeteredResponse:
 
     def __init__(self, call: MeteredCall, parser: ResponseParser) -> None:
         self.call: MeteredCall | None = call
-        """``None`` once the response is settled."""
+        """The metered call; ``None`` once the response is settled."""
         self.parser = parser
         self.tap: Any = None
         """The network tap of the connection; ``None`` if the connection cannot be tapped."""
@@ -81,7 +81,7 @@ class MeteredResponse:
 
     @property
     def lost_no_data(self) -> bool:
-        """Whether a failed read lost no data that had arrived."""
+        """Whether all data that had arrived before a failed read was received; false if the read lost data."""
         return self.tap is None or not self.tap.data_lost
 
     def is_deferred(self, error: BaseException) -> bool:
@@ -95,7 +95,7 @@ class MeteredResponse:
 
     @contextmanager
     def draining(self) -> Iterator[Drain]:
-        """Within the block, reads return data that has arrived, within the limits of the yielded drain."""
+        """Within the block, reads return only data that has arrived. The yielded :class:`Drain` limits these reads."""
         drain = Drain(USAGE_TIMEOUT_S, USAGE_TIMEOUT_S) if self.awaits_usage else Drain()
         if self.tap is not None:
             self.tap.expects_data, self.tap.drain = self.awaits_usage, drain

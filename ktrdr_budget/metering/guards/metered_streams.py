@@ -34,7 +34,7 @@ def stream_class(stream: type[Any], base: type[Any]) -> type[Any]:
 
 
 class AsyncMeteredStream:
-    """Body of a response to an ``AsyncClient``."""
+    """Body of a response that an ``AsyncClient`` receives."""
 
     def __init__(self, inner: Any, response: MeteredResponse) -> None:
         self._inner = inner
@@ -130,7 +130,7 @@ class AsyncMeteredStream:
 
 
 class SyncMeteredStream:
-    """Body of a response to a ``Client``."""
+    """Body of a response that a ``Client`` receives."""
 
     def __init__(self, inner: Any, response: MeteredResponse) -> None:
         self._inner = inner

@@ -26,7 +26,7 @@ __all__ = ["AsyncMeteredTransport", "MeteredTransport", "SyncMeteredTransport"]
 
 _READABLE_ENCODINGS = ("", "identity")
 _VERBS = ("request", "get", "post", "put", "patch", "delete", "options", "head", "stream")
-"""Methods of an HTTP client that send; the SDKs themselves use ``build_request`` and ``send``."""
+"""Methods by which an HTTP client sends a request. The SDKs use ``build_request`` and ``send`` instead."""
 
 
 class MeteredTransport:

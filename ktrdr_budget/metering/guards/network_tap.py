@@ -17,13 +17,13 @@ __all__ = ["DRAIN_BYTES_MAX", "DRAIN_IDLE_S", "DRAIN_S", "AsyncNetworkTap", "Dra
 DRAIN_S = 0.06
 """Time limit of a drain. To drain is to read the data that has already arrived."""
 DRAIN_IDLE_S = 0.03
-"""If no data arrives for this long, nothing more was in transit: data from a provider's nearest server takes less."""
+"""If no data arrives for this long, none was in transit: data from a provider's nearest server arrives sooner."""
 DRAIN_BYTES_MAX = 1024 * 1024
 _SMALL_BYTES = 16 * 1024
-"""This many bytes do not fill the smallest receive buffer (128 KiB, including the kernel's overhead per packet). So the
-sender was not blocked, and no older data can follow."""
+"""The smallest receive buffer (128 KiB, including the kernel's overhead per packet) holds more bytes than this. If a
+drain finds no more bytes than this, the sender was not blocked, and no older data can follow."""
 _FRAME_BYTES = 16
-"""Upper bound of the bytes that HTTP adds to a chunk."""
+"""Upper bound of the bytes that HTTP adds to each piece of the body (in chunked transfer)."""
 
 
 class Drain:
@@ -50,8 +50,8 @@ class Drain:
         """Return the seconds that the next read may wait for data.
 
         Args:
-            peek_s: the seconds to wait if no data is readable and none is expected; ``None`` if data is readable or
-                expected.
+            peek_s: the seconds to wait. If ``None``, more data is readable or expected, and the drain's ``idle_s``
+                applies.
         """
         return self._idle_s if peek_s is None or self._read_bytes > _SMALL_BYTES else peek_s
 
@@ -72,7 +72,7 @@ class NetworkTap:
     """
 
     _peek_s: float
-    """The timeout, in seconds, of a read that takes only data that is available."""
+    """The timeout, in seconds, of a read that returns only data that has already arrived."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -111,7 +111,7 @@ class NetworkTap:
             del self._stream.read
 
     def mark_parsed(self, chunk: bytes) -> None:
-        """Note that the parser received a chunk."""
+        """Count a chunk as parsed, because the parser has received it."""
         if self._unparsed_bytes is not None:
             self._unparsed_bytes -= len(chunk) + _FRAME_BYTES
 
@@ -150,7 +150,7 @@ class NetworkTap:
         return data
 
     def _timeout(self, drain: Drain) -> tuple[float, bool]:
-        """The read timeout within a drain, and whether its expiry means that all data was read."""
+        """The timeout of the next read of a drain, and whether a timeout of this read means that all data was read."""
         wait_s = drain.wait_s(None if self.expects_data or self.readable else self._peek_s)
         left_s = drain.left_s()
         if drain.exhausted:
@@ -191,7 +191,7 @@ class AsyncNetworkTap(NetworkTap):
             raise
 
     async def _read_after_error(self, error: BaseException, max_bytes: int) -> bytes:
-        """Read data that arrived together with a cancellation or a timeout; raise the error if there is none."""
+        """Read data that arrived together with a cancellation or a timeout. If there is no data, raise the error."""
         self.data_lost = True  # unless the following read ends
         with _shielded():
             try:

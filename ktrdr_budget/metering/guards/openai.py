@@ -26,7 +26,8 @@ from ktrdr_budget.metering.usage import Usage
 __all__ = ["OpenAIDialect"]
 
 IMAGE_TOKENS_MAX = 50_000
-"""The most expensive scale is gpt-4o-mini's: 2,833 tokens, and 5,667 for each of at most 8 tiles."""
+"""Upper bound for one image. gpt-4o-mini bills the most tokens: 2,833, and 5,667 more for each tile, of which there are
+at most 8."""
 COMPLETIONS_TOKENS_DEFAULT = 16
 
 _METERED = re.compile(r"/(chat/completions|responses|completions|embeddings)/?$")
@@ -35,9 +36,9 @@ _FREE = re.compile(
     r"|responses/input_tokens|(responses|batches|fine_tuning/jobs)/[^/]+/cancel|chat/completions/[^/]+)/?$"
 )
 _RENTED = re.compile(r"/(vector_stores|containers|agents)/")
-"""Resources billed by size or time."""
+"""Paths of resources that are billed by size or time."""
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
-"""Azure uses the model deployed under this name, and ignores the model in the body."""
+"""The path of an Azure deployment. Azure uses the model of that deployment, and ignores the model in the body."""
 _CHAT_UNBOUNDED = ("audio",)
 _RESPONSES_UNBOUNDED = ("background", "context_management", "image", "prompt")
 """``prompt``: a stored prompt may contain tools that the provider runs."""
@@ -63,7 +64,7 @@ SEPARATE_CACHE_FIELDS = ("cache_read_input_tokens", "cache_creation_input_tokens
 """Anthropic's fields. Anthropic itself and some gateways do not include these tokens in the count of the input; other
 gateways do."""
 _OWN = ("openai", "azure")
-"""Providers that support ``max_completion_tokens``, and that limit legacy completions by default."""
+"""Providers that support ``max_completion_tokens``, and that have a default output limit for legacy completions."""
 _CLIENT_TOOLS = (None, "function", "custom", "local_shell", "apply_patch")
 _TEXT = ("text", "refusal", "input_text", "output_text", "reasoning_text", "summary_text")
 _SHOWS_ALL = re.compile(r"^(ft:)?(gpt-3\.5|gpt-4|chatgpt-4o|text-|davinci|babbage)")
@@ -274,7 +275,7 @@ def hides_output(model: str) -> bool:
 
 
 def _count_at(counts: dict[str, Any], *path: str) -> int:
-    """The count at a path within a usage object; 0 without one."""
+    """Return the count at a path within a usage object, or 0 if there is none."""
     value: Any = counts
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None

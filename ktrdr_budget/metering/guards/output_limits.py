@@ -3,7 +3,7 @@
 Read on 2026-11-28:
 
 - Claude: platform.claude.com/docs/en/about-claude/models/overview ("Max output"); older models as listed by
-  docs.aihubmix.com/en/api/Claude-Native; 4.6 to 4.8 as corrected by release 4.0.0-beta.106 of @effect/ai-anthropic.
+  docs.aihubmix.com/en/api/Claude-Native; Claude 4.6 to 4.8 as in release 4.0.0-beta.106 of @effect/ai-anthropic.
 - OpenAI: its pages of models (platform.openai.com/docs/models), as listed by scriptbyai.com/token-limit-openai-chatgpt
   (2025-10-17), vercel.com/ai-gateway/models and rageagainstthepixel.github.io/OpenAI-DotNet.
 

@@ -23,7 +23,8 @@ _REPORT = re.compile(
     rb"|^data: ?\[DONE\]",
     re.MULTILINE,
 )
-"""Matches events that may report usage, the end, or an error. Within output text these quotes would be escaped."""
+"""Matches events that may report usage, the end of the response, or an error. The model's output does not match: JSON
+escapes the quotes in it."""
 _DONE = b"[DONE]"
 _ERROR_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}$")
 
@@ -108,7 +109,7 @@ class ResponseParser:
         The input is the reported input, or 0 if none was reported.
 
         Args:
-            all_parsed: whether all data that had arrived was parsed. If not, the output is estimated at its bound.
+            all_parsed: whether all data that had arrived was parsed. If not, the upper bound of the output is used.
         """
         bound, known = self._parser.bound, self._parser.usage or Usage()
         output_max = bound.output_tokens_max
@@ -141,7 +142,7 @@ class ResponseParser:
         self._parser.skip(data)
 
     def _feed_event(self, event: bytes) -> dict[str, Any] | None:
-        """Parse one event; return the decoded event if it may be a report."""
+        """Parse one event. Return the decoded event if it may report usage, the end or an error; else ``None``."""
         if not _REPORT.search(event):
             self._skip(event)
             return None

@@ -61,7 +61,7 @@ def _watch(ask: Ask, as_json: bool, interval_s: float) -> None:
 
 
 def draw_unknown(screen: Screen, error: Unreachable, since: str, as_json: bool) -> None:
-    """Show the error in place of the figures. If the screen does not redraw, write the error to stderr."""
+    """Show the error in place of the figures. With ``as_json``, or without a terminal, write it to stderr."""
     if screen.redraws and not as_json:
         screen.draw(f"Unknown since {since}: {one_line(error.message)}")
     else:

@@ -69,9 +69,8 @@ def reserve(
 def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
     """Record the actual cost of a hold.
 
-    Without AMOUNT, the accrued amount is committed. A single AMOUNT is committed for each budget in dollars; for each
-    budget that counts, the reserved amount is committed. To commit an unconfirmed hold of another owner, the admin
-    key is needed.
+    Without AMOUNT, the accrued amount is committed. A single AMOUNT is committed for each budget in dollars; every
+    other budget commits its reserved amount. To commit an unconfirmed hold of another owner, the admin key is needed.
     """
     body: dict[str, Any] = {}
     if len(amounts) == 1 and "=" not in amounts[0]:
@@ -89,9 +88,8 @@ def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
 def release(hold_id: str, as_json: bool) -> None:
     """Release the whole amount of a hold.
 
-    With the admin key, or if the hold is unconfirmed, the command acts as an operator for a dead worker: if the worker
-    commits the hold later, the commit still counts. To release an unconfirmed hold of another owner, the admin key is
-    needed.
+    If the admin key is set, or if the hold is unconfirmed, the release is not final: a later commit by the worker of
+    the hold still counts. To release an unconfirmed hold of another owner, the admin key is needed.
     """
     where = service()
     path = f"/reservations/{segment(hold_id)}/release"

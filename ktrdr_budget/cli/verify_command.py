@@ -80,7 +80,8 @@ def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
 
     Raises:
         CommandError: a window did not add up in at least one check.
-        Unreachable: the store was unreachable at the first check, or at the last check if all windows added up.
+        Unreachable: the store was unreachable at the first check. Or the store was unreachable at the last check, and
+            all windows had added up in the checks before.
     """
     ever_failed: set[str] = set()
     before: dict[str, str] = {}

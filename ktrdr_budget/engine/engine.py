@@ -72,7 +72,7 @@ class Engine:
         self.state.on_loss = self._report_loss
         self.dispatcher = self.lease_calls.driver = Dispatcher(self.context, self.store, timeout_s, observer)
         self.runner: Any = self.dispatcher
-        """Runs the calls of holds: the dispatcher, or the portal of a sync limiter."""
+        """What runs the calls of holds: the dispatcher, or the portal of a sync limiter."""
         for callback in on_creation:
             callback(self)
 

@@ -1,1 +1,1 @@
-"""Send operations to the store and react to its replies: the event loop, batches, deadlines, repair."""
+"""Send operations to the store in batches, enforce deadlines, and repair data losses of the store."""

@@ -131,7 +131,7 @@ class Background:
             header: the state of this replica when the read was sent.
 
         Raises:
-            DataLossPending: the store has lost writes, or other replicas may still replay theirs.
+            DataLossPending: the store has lost writes, or other replicas may still replay lost writes.
         """
         head, items = parse_read(reply)
         if not self.state.confirms_timeline(head, header):

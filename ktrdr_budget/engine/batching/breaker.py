@@ -70,11 +70,11 @@ class Breaker:
 
     @property
     def state(self) -> StoreState:
-        """``closed``: calls are sent; ``open``: calls end at once, by the outage policy."""
+        """``closed``: calls are sent; ``open``: the outage policy decides each call at once."""
         return "open" if self.open else "closed"
 
     def deadline_missed(self, called_s: float, error: Exception) -> None:
-        """Open the breaker because a call missed its deadline, if the store has not replied since the call began.
+        """Handle a call that missed its deadline: open the breaker if the store has not replied since the call began.
 
         Args:
             called_s: when the call began, by the monotonic clock.
@@ -125,7 +125,7 @@ class Breaker:
             background.soon(callback)  # not now: calls in a tight loop would keep the event loop from the reply
 
     def stop(self) -> None:
-        """Send no further probe; end the wait of all calls for a probe."""
+        """Send no further probe. Calls stop waiting for a probe."""
         self._cancel_timers()
         self._resume_waiting()
 

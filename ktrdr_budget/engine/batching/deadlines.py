@@ -1,8 +1,8 @@
 """The deadlines of calls that wait to be sent.
 
 A batch in flight ends by its own deadline. A call that waits behind the batch may have an earlier deadline, if the call
-was sent once before. Examples are a reservation that was denied while other holds were past their deadline, and a
-commit by id that has first read its hold.
+is sent for the second time. For example, a commit by id first reads the hold. A denied reservation is sent again if
+other holds are past their deadline.
 """
 
 from __future__ import annotations

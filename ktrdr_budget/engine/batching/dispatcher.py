@@ -1,4 +1,4 @@
-"""Group commit: calls made during a round trip wait, and are sent together as the next batch.
+"""Group commit: during a round trip, new calls wait; then they are sent together as the next batch.
 
 No timer is involved: an idle limiter sends at once. A lane sends one batch after another; at most two lanes are active.
 
@@ -58,7 +58,7 @@ _LOOP_BLOCKED = "the event loop was blocked"
 _TIME_LEFT_MIN_S = 0.002
 """A call with less time left than this is not sent again."""
 _REPLY_S = 0.1
-"""The time that must be left for the reply when a delayed call is sent again, or a quarter of the timeout if less."""
+"""The time that must be left for the reply when a delayed call is sent again; at most a quarter of the timeout."""
 
 
 class Dispatcher:
@@ -138,7 +138,7 @@ class Dispatcher:
             self.background.bind(running)
             self.repair.start()
         elif self._loop is not running:
-            raise RuntimeError("this limiter belongs to another event loop; make one for each")
+            raise RuntimeError("this limiter belongs to another event loop; create a limiter for each event loop")
         return running
 
     def begin(self, flow: Flow[Any], operation: str, future: Any = None, *, kept: bool = False) -> PendingCall:
@@ -146,7 +146,7 @@ class Dispatcher:
 
         Args:
             future: the future of a waiting thread; ``None``: the event loop creates a future.
-            kept: whether the limiter resends a settlement that fails, because the caller will not retry.
+            kept: whether the limiter resends a failed settlement. Set if the caller will not retry.
         """
         loop = self.bind()
         future = loop.create_future() if future is None else future
@@ -498,8 +498,8 @@ class Dispatcher:
 
         Args:
             error: the last error of an attempt; ``None`` if there was none.
-            in_turn: whether the calls are about to be sent. If not, a call counts as held up by the event loop only if
-                its deadline passed more than :data:`LATE_S` ago.
+            in_turn: whether the calls are about to be sent. If not, a deadline that passed less than :data:`LATE_S` ago
+                does not show that the event loop was blocked.
         """
         assert self._loop is not None
         now_s = self._loop.time()
@@ -523,7 +523,7 @@ class Dispatcher:
 
     @property
     def _stalled_max_s(self) -> float:
-        """The ``stalled_max_s`` of a call that is given its time now."""
+        """The ``stalled_max_s`` of a call whose deadline is set now."""
         return self.deadlines.stalled_s + self.timeout_s / 2
 
     def _was_stalled(self, call: PendingCall) -> bool:
@@ -534,9 +534,9 @@ class Dispatcher:
         return self.deadlines.stalled_s >= call.stalled_max_s
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
-        """Give a call one more deadline if the event loop was blocked; return whether the call has got one.
+        """Set a new deadline if the event loop was blocked; return whether the deadline was set.
 
-        A call gets one more deadline only once.
+        The deadline of a call is renewed at most once.
 
         Args:
             unsent: whether the call was not sent only because the event loop was blocked.
@@ -704,8 +704,8 @@ class Dispatcher:
     async def close(self) -> None:
         """Finish the calls in flight, send the outbox, and close the store.
 
-        Calls in flight have twice the timeout to finish. Delayed calls, and calls that wait after that time, are
-        refused. The outbox is sent only if the breaker is closed.
+        Calls in flight have twice the timeout to finish; calls that still wait after this time are refused. Delayed
+        calls are refused at once. The outbox is sent only if the breaker is closed.
         """
         if self._loop is None:
             await self.store.close()

@@ -26,9 +26,9 @@ def watch(forked: Forked) -> None:
 
 
 def keep(of_the_parent: Any) -> None:
-    """Keep an object of the parent alive for ever.
+    """In a forked child, keep an object of the parent alive for ever.
 
-    A connection of the parent that is garbage collected would remove itself from the parent's epoll.
+    If the child collected a connection of the parent, the connection would remove itself from the parent's epoll.
     """
     _of_the_parent.append(of_the_parent)
 

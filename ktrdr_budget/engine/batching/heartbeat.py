@@ -60,7 +60,8 @@ class Heartbeat:
     def stop(self) -> None:
         """Send no further heartbeat.
 
-        A heartbeat in flight is not cancelled, but cannot reopen the hold if the hold is settled next.
+        A heartbeat in flight is not cancelled. If the hold is settled before the heartbeat arrives, the heartbeat does
+        not reopen the hold.
         """
         timer, self.timer = self.timer, None
         if isinstance(timer, asyncio.TimerHandle):

@@ -28,9 +28,9 @@ PULSE_S = 1.0
 After the first detection, the store grants nothing for three times as long (RECOVERY_MS in prelude.lua).
 """
 _CHECK_PULSES, _CHECK_HOLDS = 2, 500
-"""Every second pulse, up to 500 holds are checked, because other replicas may have settled them."""
+"""At every other run of the probe timer, up to 500 holds are checked, because other replicas may have settled them."""
 _REPLAY_AGAIN_FIRST_S, _REPLAY_AGAIN_MAX_S = 1.0, 5.0
-"""Delays before operations on a missing window are replayed again."""
+"""The first and the longest delay before another replay, if windows were missing."""
 _BATCH_OPS = 128
 _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.2
@@ -74,11 +74,11 @@ class LossRepair:
         self._again = False
         """Whether the replay must be repeated, because another data loss was detected during the replay."""
         self._replayed_losses = 0
-        """The number of the last data loss after which the whole journal was replayed."""
+        """How many data losses had been detected when the whole journal was last replayed."""
         self._probing = False
         self._checking = False
         self.pulses = 0
-        """The number of pulses so far, without those made while the breaker was open or the journal was empty."""
+        """How often the probe timer has run so far. Runs with an open breaker or an empty journal do not count."""
         self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
         self._replay_timer: asyncio.TimerHandle | None = None
@@ -153,7 +153,7 @@ class LossRepair:
     def begin_again(self) -> None:
         """Start a repair; if a repair is running, repeat the replay at its end.
 
-        The replay in progress may not restore what the store has lost since the replay began.
+        A replay does not always restore what the store loses during the replay.
         """
         self._again = True
         self.begin()
@@ -189,7 +189,7 @@ class LossRepair:
             return False
         restored = [op.budget for op, reply in settled if isinstance(op, ReplayLimit) and reply == Restored(True)]
         if restored:
-            logger.warning("limits set or cleared at run time restored: %s", ", ".join(restored))
+            logger.warning("restored the limits that were set or cleared at run time: %s", ", ".join(restored))
         for op, reply in settled:
             journal.replayed(op.hold_id, reply)
         totals = await self._send(journal.totals(state.keys))
@@ -209,7 +209,7 @@ class LossRepair:
         """Replay the journal again later if windows are missing, for example while their slot is being migrated.
 
         Args:
-            missing: the names of the missing windows; if there are none, the delay of the next time is reset.
+            missing: the names of the missing windows. If there are none, the delay is reset to its first value.
         """
         if not missing:
             self._replay_again_s = _REPLAY_AGAIN_FIRST_S
@@ -228,10 +228,10 @@ class LossRepair:
             logger.warning("journal replayed to the store at %s: %s", self._background.store.shown, done)
         if done.forgotten_settlements or done.forgotten_holds:
             logger.error(
-                "not repaired: the journal of replica %s had dropped the ids of %d settlements, and %d holds",
+                "not repaired: the journal of replica %s had dropped %d holds, and the ids of %d settlements",
                 self._state.replica_id,
-                done.forgotten_settlements,
                 done.forgotten_holds,
+                done.forgotten_settlements,
             )
 
     async def _send(self, ops: Sequence[Operation]) -> _Replies | None:

@@ -42,7 +42,7 @@ class PendingCall:
         deadline_s: when the call ends if there is no reply, by the event loop's clock.
         stalled_max_s: a limit for :attr:`Deadlines.stalled_s`, the total time for which the event loop was blocked.
             Once that time has reached the limit, a missing reply does not indicate an outage.
-        kept: whether the limiter resends a settlement that fails, because the caller will not retry.
+        kept: whether the limiter resends a failed settlement. Set if the caller will not retry.
     """
 
     __slots__ = (
@@ -88,5 +88,5 @@ class PendingCall:
         self.unacknowledged = False
         """Whether the first attempt of a resent settlement may have been executed.
 
-        If so, a replay is the first reply to the settlement.
+        If so, even the first reply may mark the settlement as a replay.
         """

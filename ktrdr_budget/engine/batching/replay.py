@@ -47,8 +47,8 @@ class Replayer:
     """Sends the outbox of one limiter until it is empty.
 
     Args:
-        on_settled: a function that is called with each commit or record in doubt that this replica has completed, and
-            with the reply of the store.
+        on_settled: a function that is called when this replica has completed a commit, or a record of spend, that was
+            in doubt. The arguments are the operation and the reply of the store.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Replayer:
 
     def _add(self, entry: Entry) -> None:
         if evicted := self._outbox.add(entry):
-            logger.error("outbox full: outcome of %s unknown, dropped", evicted.hold_id)
+            logger.error("outbox full: dropped a request with id %s; its outcome is unknown", evicted.hold_id)
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
@@ -182,8 +182,8 @@ class Replayer:
     def _batches(self, wanted: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         """Yield the entries for which ``wanted`` returns true, in batches.
 
-        Entries that have ended meanwhile are left out. Requests that are too old to be resent safely are dropped,
-        because the store may have dropped their ids.
+        Entries that were removed from the outbox meanwhile are left out. Requests that are too old to be resent safely
+        are dropped, because the store may have dropped their ids.
         """
         batch: list[Entry] = []
         for entry in self._outbox:
@@ -192,7 +192,11 @@ class Replayer:
             oldest_us = self._now_us - AGE_MAX_MS * 1000
             if entry.maybe_executed_us is not None and entry.maybe_executed_us < oldest_us:
                 self._outbox.end(entry, "dropped")
-                logger.error("outcome of %s (%s) unknown: too old to resend safely, dropped", entry.hold_id, entry.kind)
+                logger.error(
+                    "dropped a request with id %s (%s): too old to resend safely; its outcome is unknown",
+                    entry.hold_id,
+                    entry.kind,
+                )
                 continue
             batch.append(entry)
             if len(batch) == _BATCH_OPS:

@@ -115,7 +115,7 @@ class CallContext:
         """
         op = release_unreceived(hold_id, self.state.keys.hold(hold_id), windows, request)
         if evicted := self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000)):
-            logger.error("outbox full: outcome of %s unknown, dropped", evicted.hold_id)
+            logger.error("outbox full: dropped a request with id %s; its outcome is unknown", evicted.hold_id)
 
     # -- holds by id ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class DenialCache:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, int, int]] = {}
-        """Per window key: the first deadline of any open hold at the time, the time of the look-up, and its result."""
+        """For each window key: the first deadline of any open hold, the time of the search, and the deadline found."""
 
     def get(self, window: Window, first_deadline_ms: int, now_ms: int) -> int | None:
         """The cached deadline of this window; ``None`` if there is none, or if the first deadline has changed since."""

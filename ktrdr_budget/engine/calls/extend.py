@@ -170,7 +170,7 @@ def extend_by_id(context: CallContext, hold_id: str, ttl: float | None, accrued:
     """Send a heartbeat for a hold, by its id.
 
     Args:
-        ttl: the seconds until the new deadline; ``None``: the default ttl, which never makes the deadline earlier.
+        ttl: the seconds until the new deadline. ``None``: the default ttl, unless this would make the deadline earlier.
         accrued: the total accrued so far; ``None``: the total in the store is kept.
     """
     ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)

@@ -72,7 +72,7 @@ def _first_return_ms(context: CallContext, window: Window, op: Operation, first_
 def _search_first_deadline(context: CallContext, window: Window, but: str, now_ms: int) -> Flow[int]:
     """The first deadline of an open hold of a window; 0 if none is found.
 
-    Only the holds of the tenant with the earliest deadlines are searched, at most :data:`HOLDS_SEARCHED`. If there may
+    At most :data:`HOLDS_SEARCHED` holds of the tenant are searched: those with the earliest deadlines. If there may
     be more holds and the window has no end, the last deadline among the searched holds is returned instead of 0.
 
     Args:

@@ -153,7 +153,7 @@ def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budg
 
 
 def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
-    """A text of amounts: ``$0.07`` for one budget, ``agent $0.07, tokens 3 tokens`` for several budgets."""
+    """A text of amounts: ``$0.07`` for one budget, ``agent $0.07, input 3 tokens`` for several budgets."""
     shown_amounts = {name: format_amount(from_units(units, unit), unit) for name, (units, unit) in amounts.items()}
     if len(shown_amounts) == 1:
         return next(iter(shown_amounts.values()))
@@ -182,8 +182,8 @@ def status_of(
 ) -> Status:
     """The status of a budget in one window. In a window without any request, 0 is spent.
 
-    If no limit is set at run time, the configured limit of the replica that started last is in force. If that is this
-    replica, its limit is shown even before a reservation has written the limit to the store.
+    If no limit is set at run time, the configured limit of the replica that started last is in force. If this replica
+    started last, its limit is shown even before a reservation has written the limit to the store.
 
     Args:
         repaired_ms: until when replicas may replay lost data; 0: no replay is pending.

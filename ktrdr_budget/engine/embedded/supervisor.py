@@ -7,7 +7,7 @@ Locks (``flock``) in the data directory say which processes are alive. The kerne
 dies, however it dies, so no lock becomes stale, and no stored process id is trusted:
 
 ===================  =========================  =================================================================
-``users.lock``       shared, by each user       the supervisor waits for it exclusively: then no user is left
+``users.lock``       shared, each user          the supervisor gets an exclusive lock only if no user is left
 ``supervisor.lock``  exclusive, the supervisor  at most one supervisor; if the lock is free, a user must start one
 ``server.lock``      exclusive, the server      at most one server ever writes to the append-only file
 ===================  =========================  =================================================================
@@ -53,7 +53,7 @@ _STOP_TIMEOUT_S = 30.0
 _STEADY_S = 5.0
 """A server that ran this long did not die at its start; its next restart is immediate."""
 _BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
-"""The delay before a start, by the number of consecutive servers that died before :data:`_STEADY_S`."""
+"""The delay before a start, by how many servers in a row have died within :data:`_STEADY_S` of their start."""
 _FAILED_STARTS_MAX = 5
 _LOG_BYTES_MAX = 1 << 20
 
@@ -206,7 +206,7 @@ class Supervisor:
         return False
 
     def _await_ready(self) -> bool:
-        """Wait until the server replies. Return false if the server died before, or if its last user has left."""
+        """Wait until the server replies. Return false if it dies without a reply, or if its last user leaves."""
         while not self._stopping.wait(_READY_POLL_S):
             if is_ready(self._socket_path):
                 return True

@@ -1,8 +1,8 @@
 """Chunks: amounts that the store has reserved for one process, which grants and spends them by itself.
 
-In the store, a chunk is an ordinary hold. In the process, a decision computes with whole units under a lock, without
-I/O, and takes about a microsecond. To retire a chunk is to stop granting from it; :mod:`.lease` settles a retired chunk
-once its grants are settled, and requests new chunks.
+In the store, a chunk is an ordinary hold. In the process, a grant is decided by arithmetic with whole units, under a
+lock and without I/O; this takes about a microsecond. To retire a chunk is to stop granting from it; :mod:`.lease`
+settles a retired chunk once its grants are settled, and requests new chunks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chunk:
         self.hold = hold
         self.reserved = reserved
         self.left = reserved
-        """Units that are neither granted nor spent. Less than 0 if a commit above its grant has overrun the chunk."""
+        """Units that are neither granted nor spent. Less than 0 if more was committed than the chunk had."""
         self.granted = 0
         """Units of grants that are not settled."""
         self.open = 0
@@ -68,8 +68,8 @@ class Chunk:
 class Grant:
     """A reservation within a lease. Settle it with :meth:`commit` or :meth:`release`, or use it as a context manager.
 
-    If the ``with`` block has not settled the reservation, its end does: a block that ends normally commits the whole
-    reservation, and a block that raises an error releases the reservation.
+    If the reservation is still open at the end of the ``with`` block, the reservation is settled: if the block ends
+    normally, the whole reservation is committed; if the block raises an error, the reservation is released.
     """
 
     __slots__ = ("_chunks", "_spent", "_units", "chunk")
@@ -172,7 +172,7 @@ class Chunks:
         unit: the unit of the budget's amounts.
         size: units of a whole chunk.
         low: if fewer units than this are left, the next chunk is requested.
-        now_ms: returns the time by the store's clock.
+        now_ms: a function that returns the time by the store's clock.
     """
 
     def __init__(self, name: str, unit: str, size: int, low: int, now_ms: Callable[[], int]) -> None:
@@ -421,7 +421,8 @@ class Chunks:
     def _denial_of(self, denial: Denial, units: int, left: int) -> Denial:
         """Convert the store's denial of a chunk to a denial of these units.
 
-        The store counts the chunks of this process as held. The result counts what they have spent as spent.
+        In the store's denial, the chunks of this process count as held in full. In the result, the amounts that were
+        spent from these chunks count as spent.
         """
         limit, spent, held, unconfirmed, fits = (
             to_units(value, self.unit)

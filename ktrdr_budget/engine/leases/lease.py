@@ -1,7 +1,7 @@
 """Leases: a lease requests chunks from the store, sends heartbeats for them, and settles them after use.
 
-A chunk is an ordinary hold of the store, which charges the chunk if its process dies. The decisions to grant and to
-spend are in :mod:`.chunks` and run on any thread; everything else runs on the event loop of the limiter.
+A chunk is an ordinary hold in the store. If the process dies, the store charges the chunk. The decisions to grant and
+to spend are in :mod:`.chunks` and run on any thread; everything else runs on the event loop of the limiter.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class LeaseBase(Chunks):
             StoreError, InvalidArgument: the store refuses for another reason than a lack of room.
         """
         if self._loop is not None:
-            raise RuntimeError("a lease is opened once")
+            raise RuntimeError("this lease was opened before: a lease can be opened only once")
         self.begin()
         assert self._loop is not None
         self._refill(0)
@@ -381,7 +381,7 @@ class LeaseBase(Chunks):
         self.add(chunk)
 
     def _grow_call(self, chunk: Chunk, more: int) -> Generator[Any, Any, None]:
-        """Add the last units of a budget to the current chunk, so that one grant can use both."""
+        """Add the last units of a budget to the current chunk, so that one grant can use all units of the lease."""
         hold = chunk.hold
         assert hold is not None
         record = yield from self._calls.grow(hold, chunk.reserved + more, self._ttl_ms)

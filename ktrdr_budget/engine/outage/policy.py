@@ -88,9 +88,9 @@ class OutagePolicy:
         return None
 
     def owns(self, hold_id: str) -> bool:
-        """Whether this policy settles the hold in this process.
+        """Whether this policy settles the hold in this process, without the store.
 
-        Such a settlement does not show whether an earlier request with the same id reached the store.
+        So the settlement does not show whether the store has received an earlier request with the same id.
         """
         return False
 

@@ -52,7 +52,7 @@ class KeptLease(LeaseBase):
     """The lease of one budget. While the store replies, the lease is kept full.
 
     Args:
-        expire: expires the holds past their deadline; called at intervals.
+        expire: a function that expires the holds past their deadline. The function is called at intervals.
     """
 
     def __init__(self, calls: ChunkCalls, budget: str, slab: AmountIn, expire: Callable[[], None]) -> None:
@@ -68,14 +68,14 @@ class KeptLease(LeaseBase):
         return super()._wanted()
 
     def heartbeat_acknowledged(self) -> None:
-        """Replace used chunks.
+        """Replace used chunks, because the store replies again.
 
-        Holds may have been drawn in an outage too short for the circuit breaker, or at the end of an outage.
+        Holds may have used the chunks in an outage too short for the circuit breaker, or at the end of an outage.
         """
         self.renew()
 
     def renew(self) -> None:
-        """Replace each chunk that holds were drawn from. The old chunk is committed once its grants are settled."""
+        """Replace each chunk that has made grants. The old chunk is committed once its grants are settled."""
         with self.lock:
             for chunk in (self.chunk, self.next_chunk):
                 if chunk is not None and chunk.hold is not None and (chunk.spent or chunk.open):
@@ -91,7 +91,7 @@ class KeptLease(LeaseBase):
 
 
 class PrepaidHold:
-    """What backs one hold that was granted without the store: a lease grant for each budget of the hold."""
+    """The lease grants of one hold that was granted without the store: one grant for each budget of the hold."""
 
     cap_checked = True
 
@@ -112,7 +112,7 @@ class PrepaidHold:
 
     @property
     def parts(self) -> list[tuple[Window, int]]:
-        """The windows that pay, each with the whole units granted."""
+        """The windows to which the grants are charged, each with the whole units granted."""
         return [(_window_of(grant), grant.units) for grant in self.grants]
 
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Settlement:
@@ -342,7 +342,7 @@ class PrepaidPolicy(OutagePolicy):
     def settle(self, hold: HoldBase, backing: PrepaidHold, spent: list[int] | None) -> Settlement:
         """Settle a hold in its chunks.
 
-        If the hold returned its money when it expired, the spend is recorded as an entry of its own.
+        If the hold has expired and its money was returned, the spend is recorded as a separate ledger entry.
 
         Args:
             spent: whole units for each budget; ``None`` releases the hold.

@@ -1,8 +1,8 @@
 """The meaning of an amount for a hold of several budgets.
 
-A scalar applies to every ``usd`` budget of the hold, and budgets in counts commit their reservation. If the hold has
-no ``usd`` budget and only one count, the scalar applies to this count. A mapping has an amount per budget. A budget
-that is not in the mapping gets 0.
+A scalar applies to every ``usd`` budget of the hold; the other budgets commit what they have reserved. If the hold has
+no ``usd`` budget and only one ``count`` budget, the scalar applies to the ``count`` budget. A mapping has an amount for
+each budget. A budget that is not in the mapping gets 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
     """Convert amounts to whole units, by budget.
 
     Args:
-        flags: the flag of each budget of the hold.
+        flags: for each budget of the hold, the letter of its unit (:data:`~.codes.FLAGS`).
 
     Raises:
         InvalidAmount: an amount is invalid in the unit of its budget.
@@ -68,7 +68,7 @@ def commit_amounts(segments: Mapping[str, tuple[str, int, int]], amount: Amounts
     """The amounts that the budgets of a hold commit.
 
     Args:
-        segments: for each budget its flag, its reserved units and its accrued units, in the order of the hold.
+        segments: for each budget, in the order of the hold: the letter of its unit, the reserved and the accrued units.
         amount: the argument of ``commit``. If ``None``, the accrued amounts are committed.
     """
     if amount is None:

@@ -91,7 +91,7 @@ def encode_batch(
 
     Args:
         use_fast_path: whether to use the script of the fast path if it can execute all of the operations.
-        repairs: the operations replay data that the store has lost.
+        repairs: whether the operations replay data that the store has lost.
     """
     if use_fast_path and all([op.uses_fast_path for op in ops]):  # noqa: C419  # a list is faster
         return _encode_fast(keys, header, ops)
@@ -134,7 +134,7 @@ class _Windows:
 
 
 def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> EncodedBatch:
-    """Render a batch for the fast path. Windows in which the batch reserves are marked."""
+    """Render a batch for the fast path. A mark shows in which windows the batch reserves amounts."""
     windows = _Windows()
     hold_keys: list[str] = []
     lines: list[str] = []
@@ -162,7 +162,7 @@ def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> Encode
 
 
 def parse_batch(reply: bytes | str, ops: Sequence[Operation]) -> tuple[BatchHead, list[Reply]]:
-    """Parse the reply to a batch: its head, and the operations' replies in order. After a data loss, there are none."""
+    """Parse a batch's reply: the head, and a reply for each operation. After a data loss, there are no replies."""
     text = reply.decode() if isinstance(reply, bytes) else reply
     first, *lines = text.split("\n")
     now_us, flag, acknowledged, epoch, *due = first.split(" ")

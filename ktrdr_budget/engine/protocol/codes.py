@@ -45,7 +45,7 @@ class CommitMode(StrEnum):
 
 
 class ReleaseMode(StrEnum):
-    """Modes of a release: which client releases, and whether the worker can still commit the hold."""
+    """Modes of a release: they differ in who releases the hold, and whether the worker can still commit it."""
 
     BY_WORKER = "0"
     """The release is final."""
@@ -56,7 +56,7 @@ class ReleaseMode(StrEnum):
     FINAL = "f"
     """As ``BY_WORKER``. For an unknown id, the store keeps a tombstone: a record that refuses a late reservation."""
     UNRECEIVED = "s"
-    """As ``BY_OPERATOR``, for the grant to one request whose caller did not receive it. The id is free again."""
+    """As ``BY_OPERATOR``, but only a grant to the named request is released. Afterwards, the id is free again."""
     LIFT = "u"
     """No release: remove the tombstone that ``UNRECEIVED`` has left for an unknown id."""
 
@@ -137,4 +137,4 @@ DOLLARS: Final = "u"
 COUNT: Final = "n"
 SLOTS: Final = "s"
 FLAGS: Final[dict[str, str]] = {DOLLARS: "usd", COUNT: "count", SLOTS: "slots"}
-"""The unit for each flag of a segment."""
+"""For each unit letter in a hold record, the unit."""

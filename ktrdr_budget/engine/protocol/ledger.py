@@ -62,7 +62,7 @@ def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
 
 
 def entry_cursor(cursor: str | None) -> str:
-    """Check a cursor: the number of an entry, before which the page's entries are. Empty for the first page.
+    """Check a cursor: the number of the entry that follows the page. The result is empty for the first page.
 
     Raises:
         InvalidArgument: the cursor is not the number of an entry.

@@ -60,7 +60,7 @@ _FAST_UNITS_MAX: Final = 2**46
 """The fast path commits at most this many units, so that the sums of a whole batch stay exact."""
 
 Rendered = tuple[str, Sequence[tuple[Window, str]], str]
-"""The head, each window with the text that follows the window's number, and the tail."""
+"""The head; each window, with the text that follows the number of the window; and the tail."""
 
 
 class Labels(NamedTuple):
@@ -210,7 +210,11 @@ class Reserve(Operation):
         return Replayed(line[2:]) if line[0] == codes.REPLAYED else parse_common(line)
 
     def granted(self, now_us: int, deadline_ms: int) -> str:
-        """The store's record of the hold after a grant at this time. The method notes that the windows have grants."""
+        """Return the record that the store has written for the granted hold. Mark the windows as having grants.
+
+        Args:
+            now_us: when the store granted the hold.
+        """
         if not self.uses_fast_path:
             for window in self.windows:
                 window.has_grants = True
@@ -240,7 +244,7 @@ class SettlingOperation(Operation):
 
         Args:
             known: the text of the record before the settlement; empty if this replica does not have it.
-            now_ms: the store's time of the reply. It is used if the record before is not known.
+            now_ms: when the store replied. This time is used only if ``known`` is empty.
         """
         raise NotImplementedError
 
@@ -491,7 +495,7 @@ class Restore(SettlingOperation):
 
 
 class SettleOnBehalf(SettlingOperation):
-    """The replay of a settlement on behalf of another replica, in whose subtotals the settlement counts."""
+    """The replay of another replica's settlement. The settlement counts in the subtotals of that replica."""
 
     __slots__ = ("replica", "settlement")
     letter = codes.SETTLE_ON_BEHALF

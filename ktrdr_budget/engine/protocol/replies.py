@@ -63,7 +63,7 @@ class Settled(NamedTuple):
     overrun: bool = False
     late: bool = False
     replica: str = ""
-    """For a replay: the replica in whose subtotals the settlement counts."""
+    """For a replay: the id of a replica. The settlement counts in the subtotals of this replica."""
     windows: tuple[tuple[str, str], ...] = ()
     """For the replay of a record of spend: each budget and the window in which the spend was first recorded."""
 
@@ -91,11 +91,11 @@ class Outgrown(NamedTuple):
 
 
 class Retired(NamedTuple):
-    """The hold is no longer due (open past its deadline): a due hold is now unconfirmed, any other is unchanged."""
+    """A hold that was open past its deadline is now unconfirmed; any other hold is unchanged."""
 
 
 class Restored(NamedTuple):
-    """An open hold or a limit was restored, or the store had it already."""
+    """An open hold or a limit was restored, or had not been lost."""
 
     changed: bool
 
@@ -114,7 +114,7 @@ class Denied(NamedTuple):
     first_deadline_ms: int
     """The first deadline of any open hold of the tenant; 0 if there is none."""
     total: int = 0
-    """For growth: the amount that the grown hold would have counted; else 0."""
+    """For growth: the total amount that the hold would have after the growth; else 0."""
 
 
 class Conflict(NamedTuple):

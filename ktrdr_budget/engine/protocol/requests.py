@@ -76,7 +76,7 @@ class Read(NamedTuple):
     keys: Sequence[str]
     args: Sequence[str | int]
     while_recovering: WhileRecovering = "answers"
-    """When a reply is used although replicas may still replay lost data: always, if it is not empty, or never."""
+    """Which replies are used while replicas may still replay lost data: all, only those with a result, or none."""
     prepares: PreparedFact | None = None
     """The settlement or report that needs this read; ``None`` if there is none."""
 
@@ -126,7 +126,7 @@ class WindowFigures(NamedTuple):
     events: int
     overruns: int
     claim: tuple[int, str] | None
-    """The start and the id of the replica that wrote the configured limit."""
+    """The start time and the id of the replica that wrote the configured limit."""
 
 
 def _text(value: bytes | str | None) -> str:
@@ -167,7 +167,10 @@ def records_read(keys: Keys, replica: str, hold_ids: Sequence[str]) -> Read:
 
 
 def record_read(keys: Keys, replica: str, hold_id: str) -> Read:
-    """Read the record of one hold. A key of another type is an error; :func:`records_read` reads it as unknown hold."""
+    """Read the record of one hold.
+
+    If the key has another Redis type, the read fails; for :func:`records_read`, such a hold is unknown.
+    """
     return _read(keys, replica, "GET", [keys.hold(hold_id)], while_recovering="answers if found")
 
 
@@ -265,7 +268,10 @@ def ledger_read(keys: Keys, replica: str, budget: str, window: str, before: str,
 
 
 def parse_ledger_page(items: Sequence[Any]) -> tuple[bool, int, list[str]]:
-    """Parse a page: whether the cursor's entries were trimmed, the first entry's number, and the entries by age."""
+    """Parse a page: whether the entries before the cursor were trimmed, the oldest entry's number, and the entries.
+
+    The oldest entry comes first.
+    """
     [trimmed, number, stored] = items
     return bool(trimmed), number, [_text(entry) for entry in stored]
 
@@ -280,7 +286,10 @@ def set_limit(keys: Keys, budget: str, units: int | None, until_ms: int, definit
 
 
 def parse_set_limit(reply: bytes | str, budget: str) -> int | OtherDefinition:
-    """The store's time of the change in microseconds. If the store has another definition, that definition instead."""
+    """When the store changed the limit, in microseconds.
+
+    If another definition is registered, the result is that definition instead.
+    """
     text = _text(reply)
     return OtherDefinition(budget, text[2:]) if text.startswith("m ") else int(text)
 

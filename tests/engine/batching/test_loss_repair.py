@@ -100,7 +100,7 @@ async def test_a_repair_replays_limits_and_settlements_first_then_totals_then_op
     assert replica.sent == WHOLE
     assert replica.ends == 1
     assert caplog.messages == [
-        "limits set or cleared at run time restored: tokens",
+        "restored the limits that were set or cleared at run time: tokens",
         "journal replayed to the store at store:1: 1 settlements, 1 open holds, older spend of 0 windows",
     ]
 

@@ -113,7 +113,7 @@ def test_if_a_full_outbox_drops_the_release_of_a_grant_an_error_is_logged(contex
     monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 1)
     for hold_id in ("first", "second"):
         context.release_later(hold_id, [context.state.current_window("agent")], "")
-    assert errors_of(caplog) == ["outbox full: outcome of first unknown, dropped"]
+    assert errors_of(caplog) == ["outbox full: dropped a request with id first; its outcome is unknown"]
 
 
 # -- denied callers ----------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_a_lease_reserves_one_chunk_and_spends_from_the_chunk_without_requests_t
 
 def test_a_lease_cannot_be_opened_twice(store):
     lease = opened(store)
-    with pytest.raises(RuntimeError, match="opened once"):
+    with pytest.raises(RuntimeError, match="opened only once"):
         store.loop.run_until_complete(lease.opened())
     assert store.requests == [("reserve", SLAB)]
 

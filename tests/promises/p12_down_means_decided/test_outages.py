@@ -446,7 +446,7 @@ async def test_an_old_settlement_is_not_resent_if_the_store_may_have_executed_th
             await until(lambda: limiter.deferred == 0)
             assert sums(client)["spent"] == to_units("0.09")
         assert limiter.engine.outbox.deferred_lost == 1
-        assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
+        assert f"dropped a request with id {hold.id} (deferred): too old to resend safely" in caplog.text
 
 
 async def test_under_policy_allow_a_reachable_store_denies_amounts_above_the_limit(server):

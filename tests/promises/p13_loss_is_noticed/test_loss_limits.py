@@ -45,7 +45,7 @@ async def test_p1_a_run_time_limit_applies_again_after_a_loss(replicas, client, 
     await limiter.set_limit("agent", "1.00")
     client.flushall()
     assert await denied(limiter, "3.00") == "1.00"
-    assert "limits set or cleared at run time restored: agent" in caplog.messages
+    assert "restored the limits that were set or cleared at run time: agent" in caplog.messages
     assert await denied(other, "3.00") == "1.00"
     status = await limiter.status("agent")
     assert (str(status.limit), status.limit_source, str(status.spent)) == ("1.00", "runtime", "0.20")

@@ -476,7 +476,7 @@ async def test_a_repair_counts_and_logs_operations_that_the_journal_has_dropped(
         done = limiter.repaired
         assert (done.settlements, done.holds, done.windows) == (3, 2, 1)
         assert (done.forgotten_settlements, done.forgotten_holds) == (2, 3)
-        assert "ids of 2 settlements, and 3 holds" in caplog.text
+        assert "dropped 3 holds, and the ids of 2 settlements" in caplog.text
 
 
 async def test_if_the_store_refuses_one_replayed_operation_the_other_operations_are_still_replayed(

@@ -67,8 +67,8 @@ VARIABLES = (
 _OF_TOOLS = ("KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
 """Variables that only ``docker-compose.yml``, ``docker/`` and ``scripts/`` use. They do not count as unknown."""
 _SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
-"""Variables that Kubernetes sets for each service of a namespace. For a service ``ktrdr-redis``, for example, it sets
-``KTRDR_REDIS_PORT``."""
+"""Variables that Kubernetes sets for each service of a namespace. For a service ``ktrdr-redis``, Kubernetes sets
+``KTRDR_REDIS_PORT``, for example."""
 _EDITS_MAX = 2
 _warned: set[str] = set()
 

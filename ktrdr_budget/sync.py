@@ -105,7 +105,7 @@ class Lease(LeaseBase):
     not reply, the first of these calls raises the error; the start of the block does not.
 
     At the end of the block, the spend is committed and the unspent amount is released. A chunk with an open grant is
-    settled once that grant is settled.
+    settled after that grant.
     """
 
     def __init__(self, runner: SyncRunner, *args: Any, **options: Any) -> None:

@@ -133,7 +133,7 @@ class HoldBase:
         self.last_growth: Mapping[str, int] = _NOTHING
         """The totals after the last completed growth."""
         self.lock = threading.Lock()
-        """Guards arithmetic only: threads may share a hold."""
+        """Protects the arithmetic, because threads may share a hold."""
         self.state: HoldState = "open"
         self.created_us = created_us if record is None else record.created_us
         """When the store granted the hold, in microseconds since 1970 by the store's clock; 0 for an offline hold."""

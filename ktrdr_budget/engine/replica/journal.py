@@ -89,7 +89,7 @@ class _Hold(NamedTuple):
     """The keys of the windows, separated by spaces."""
     record: str
     seen_us: int
-    """When the store last had the hold."""
+    """The last time at which the store was seen to have the hold."""
 
 
 class _Settlement(NamedTuple):
@@ -268,7 +268,7 @@ class Journal:
         return not settled.replayed or settled.replica == self._replica
 
     def replayed(self, hold_id: str, reply: Reply) -> None:
-        """After a replay, set the replica whose subtotals include the settlement. The store's record names it."""
+        """After a replay, set the replica whose subtotals include the settlement, as named by the store's record."""
         if isinstance(reply, Settled) and reply.replayed and reply.replica:
             is_own = reply.replica == self._replica
             for generation in (self._older_settlements, self._settlements):

@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
         self.words: tuple[str | int, ...] = ()
         """The current request, or the last one."""
         self.on_resend: Callable[[], None] | None = None
-        """Called before the current request is also sent on another connection; ``None`` forbids that."""
+        """Called before the current request is also sent on another connection. If ``None``, it is sent only once."""
         self.deadline = 0.0
         """The deadline of the current request, in the event loop's time."""
         self.last_used_s = self._loop.time()

@@ -96,7 +96,7 @@ class Bound:
     output_hint: str = ""
     """Where the output bound comes from, and how to lower it; a part of messages."""
     hide_usage: bool = False
-    """Whether a stream's usage report is not passed on, because the caller did not request the report."""
+    """Whether to remove the usage report from the caller's stream, because the caller did not request the report."""
     reports_usage: bool = True
     """Whether the provider reports usage; false if the caller disabled the usage report of a stream."""
 
@@ -225,7 +225,7 @@ def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:
-    """Return the bytes of a serialised request, as tokenizers read them: after Unicode normalisation.
+    """Return the size of a serialised request in bytes. Tokenizers normalise Unicode first, so the larger size counts.
 
     Claude's tokenizer expands some characters (NFKC: ``\ufdfa`` becomes 18), see
     github.com/anthropics/anthropic-tokenizer-typescript.

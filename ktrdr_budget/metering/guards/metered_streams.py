@@ -1,4 +1,4 @@
-"""Bodies of streamed responses. A call is settled at the last event, at the end, or when the caller stops reading.
+"""Bodies of streamed responses. A call is settled when its stream ends, or when the caller stops reading.
 
 If the caller stops reading early, the stream is drained before the settlement: data that has already arrived is parsed,
 within limits.

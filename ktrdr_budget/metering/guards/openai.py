@@ -52,7 +52,7 @@ CACHE_READ_FIELDS: tuple[tuple[str, ...], ...] = (
     ("cache_read_input_tokens",),  # LiteLLM, and gateways to Anthropic
 )
 """Fields in which providers report cache reads; ``details`` is ``prompt_tokens_details`` or ``input_tokens_details``.
-Several fields may report the same tokens: the largest counts."""
+Several fields may report the same tokens, so only the largest number is used."""
 CACHE_WRITE_FIELDS: tuple[tuple[str, ...], ...] = (
     ("details", "cache_write_tokens"),  # OpenRouter
     ("details", "cache_creation_tokens"),  # LiteLLM

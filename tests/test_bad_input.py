@@ -14,7 +14,7 @@ BUDGETS = [Budget("agent", "5.00")]
 
 
 class Float(float):
-    """A float with NumPy's form of ``repr``."""
+    """A float whose ``repr`` includes the name of the class, as with the floats of NumPy."""
 
     def __repr__(self) -> str:
         return f"Float({float(self)})"
@@ -25,7 +25,7 @@ class Unshowable:
         raise RuntimeError("repr fails")
 
 
-def test_a_float_subclass_is_converted_by_numeric_value_even_if_the_repr_differs():
+def test_a_float_subclass_is_converted_by_its_value_and_not_by_its_repr():
     assert to_units(Float(0.1)) == 100_000_000
     assert Budget("agent", Float(0.1)).limit == Decimal("0.10")
     with pytest.raises(InvalidAmount):

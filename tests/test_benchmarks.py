@@ -1,4 +1,4 @@
-"""The benchmark suite runs, and reports its figures also as JSON."""
+"""The benchmark suite runs, and also writes its figures as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEASURES = {
         "cluster_reserve_to_server",
     },
 }
-"""Some of what each group measures."""
+"""Some of the measures of each benchmark group."""
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_quick_run_of_a_benchmark_group_writes_the_measures_as_json(tmp_path: 
     assert done.stdout.count("missed") == sum(not measure["met"] for measure in measures.values())
 
 
-def test_if_compared_libraries_are_not_installed_the_run_names_the_libraries_and_measures_nothing(
+def test_a_run_measures_nothing_and_names_the_compared_libraries_that_are_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from benchmarks import __main__ as benchmarks

@@ -31,7 +31,7 @@ DENIAL = Denial(
 )  # fmt: skip
 HUGE = 10**5000  # more digits than Python formats
 TREE = re.findall(r"^ {4}([│ ├└─]*)(\w+)(?: |$)", errors.__doc__ or "", re.MULTILINE)
-"""The prefix and the name of each error in the docstring of the module."""
+"""Each line of the tree in the docstring of the module: the characters that draw the tree, and the error's name."""
 
 
 class Unshowable:
@@ -57,7 +57,7 @@ def test_the_docstring_of_the_module_shows_all_errors():
 @pytest.mark.parametrize(
     ("error", "builtin"), [(InvalidAmount, ValueError), (UnknownBudget, LookupError), (UnknownPrice, LookupError)]
 )
-def test_an_error_about_an_argument_is_also_a_builtin_value_or_lookup_error(error, builtin):
+def test_errors_about_arguments_are_subclasses_of_value_error_or_lookup_error(error, builtin):
     assert issubclass(error, BudgetError)
     assert issubclass(error, builtin)
 
@@ -80,7 +80,7 @@ def test_if_a_denial_has_an_explanation_the_message_ends_with_the_explanation():
     assert str(denied) == "team: budget_held ($0.01 remaining, need $0.16); a call of model x costs at most $0.16"
 
 
-def test_an_error_reply_counts_as_reaching_the_store_and_a_missing_reply_does_not():
+def test_the_field_reached_is_true_for_an_error_reply_and_false_if_no_reply_arrived():
     assert not StoreUnavailable("no reply").reached
     refused = StoreError("OOM", fault="login")
     assert (refused.reached, refused.ambiguous, refused.fault) == (True, False, "login")

@@ -1,4 +1,4 @@
-"""Imports point one way, down the list of parts, and have no circles; the core needs only redis."""
+"""A module imports only its own and earlier parts; there are no import circles; the core requires only redis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORE = PARTS[: PARTS.index("audit") + 1]
 
 
 def imports(path: Path, *, of_types: bool = False) -> set[str]:
-    """Absolute names that a module imports; those under ``if TYPE_CHECKING`` only with ``of_types``."""
+    """The names that a module imports. Imports under ``if TYPE_CHECKING`` are included only with ``of_types``."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         node
@@ -46,7 +46,7 @@ def part_of(module: str) -> str | None:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Every module with its part; the package's own ``__init__`` is above all parts."""
+    """Each module with its part. The ``__init__`` of the package is left out, since it may import every part."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -67,7 +67,7 @@ def test_no_module_imports_a_module_of_a_higher_layer():
 
 
 LAYERS = ("protocol", "replica", "leases", "outage", "calls", "batching")
-"""Of the engine, each of which imports only itself and those before it; the modules beside them assemble the parts."""
+"""The layers of the engine: each imports only itself and earlier layers. Modules outside the layers assemble them."""
 TRANSPORT = {"transport": {"protocol", "transport"}, "embedded": {"embedded"}}
 
 
@@ -85,7 +85,7 @@ def test_each_engine_layer_imports_only_itself_and_lower_engine_layers():
     assert not wrong
 
 
-def test_no_module_above_the_limiter_uses_private_names_of_the_limiter():
+def test_no_module_above_the_limiter_uses_private_attributes_of_the_limiter():
     above = [path for name, path in modules() if PARTS.index(name) > PARTS.index("sync")]
     private = re.compile(r"\blimiter\._[a-z]\w*")
     found = {f"{path.name}: {name}" for path in above for name in private.findall(path.read_text(encoding="utf-8"))}
@@ -103,11 +103,11 @@ def test_only_the_protocol_package_builds_or_parses_the_text_of_requests():
 
 
 WORDS = {"errors", "models", "money", "periods"}
-"""Errors name types of the models in annotations, and the models raise errors: the one circle that may stay."""
+"""The one circle that may stay: errors use types of the models in annotations, and the models raise errors."""
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Modules of the package by dotted name, each with its imports of other modules; typing imports included."""
+    """The other modules of the package that each module imports, by dotted name; imports for types are included."""
     paths = {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")

@@ -95,7 +95,7 @@ def test_an_amount_of_2_to_the_53_nano_dollars_or_more_is_too_large(amount):
     assert to_units("9007199.254740991") == MAX_UNITS - 1
 
 
-def test_true_is_rejected_even_after_the_equal_number_1_was_converted():
+def test_the_value_true_is_rejected_even_after_the_number_1_was_converted():
     assert to_units(1) == 1_000_000_000
     with pytest.raises(InvalidAmount):
         to_units(True)

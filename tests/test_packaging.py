@@ -86,7 +86,7 @@ def in_a_venv(directory: Path, cwd: Path, script: str) -> str:
 
 @pytest.mark.slow
 def test_the_install_commands_in_the_readme_work_in_an_empty_environment(checkout: Path, tmp_path: Path):
-    """Run each install line of the README, from the repository and from a wheel, in its own environment."""
+    """The README installs from the repository or from a wheel; the test runs each in an empty environment."""
     [block] = re.findall(r"^### Install\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     from_here, *from_a_wheel = block.splitlines()
     for number, script in enumerate((from_here, "\n".join(from_a_wheel))):

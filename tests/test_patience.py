@@ -39,7 +39,7 @@ def test_outside_the_test_run_the_default_timeout_is_one_second():
     assert shown == "1.0 1.0\n"
 
 
-def test_only_calls_to_reachable_servers_started_by_the_test_run_get_the_longer_timeout(start_server):
+def test_the_longer_timeout_applies_only_to_reachable_servers_that_the_test_run_has_started(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=0.2)
     assert deadline_s(limiter) == PATIENT_S

@@ -41,7 +41,7 @@ def test_a_window_of_each_period_has_the_expected_name_and_bounds(period, name, 
     assert (span.name, span.start_ms, span.end_ms) == (name, at(start), at(end))
 
 
-def test_the_window_of_period_ever_has_no_end():
+def test_the_window_of_the_period_named_ever_has_no_end():
     span = window_at("ever", "UTC", 0)
     assert (span.name, span.end_ms, span.resets_at) == ("ever", None, None)
 

@@ -1,4 +1,4 @@
-"""Policy `lease` with real servers: without the store, holds are drawn from a kept lease, and the cap holds (P12)."""
+"""Policy `lease` on real servers: during an outage, holds are granted from a prepaid chunk within the cap (P12)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "2.00")]
 MIDNIGHT_MS = 1_795_478_400_000
-"""2026-11-24, the midnight of the tests with a clock."""
+"""Midnight at the start of 2026-11-24, for the tests that set the clock."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def limiter_for(store, slab="0.50", **options) -> AsyncBudgetLimiter:
 
 
 async def prepaid(limiter: AsyncBudgetLimiter) -> None:
-    """Wait until each lease has a chunk."""
+    """Wait until each lease has a prepaid chunk."""
     await until(lambda: limiter.prepaid and all(limiter.prepaid.values()))
 
 
@@ -295,7 +295,7 @@ async def test_spend_recorded_during_an_outage_is_drawn_from_the_chunk(own_serve
 
 
 async def test_a_hold_reserved_before_an_outage_can_be_settled_during_the_outage(proxy, limiter, client):
-    """The hold is settled by its object, or by its id if it was granted to this replica."""
+    """A hold is settled through its object, or by its id on the replica that reserved the hold."""
     held = await limiter.reserve("agent", "0.20")
     for name in ("commits", "releases", "accrues"):
         await limiter.reserve("agent", "0.20", id=name)
@@ -335,10 +335,10 @@ async def test_if_the_reply_to_a_reservation_is_lost_the_cost_counts_once(proxy,
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_if_the_lease_grants_a_retry_the_hold_granted_by_the_store_to_the_first_attempt_is_released(
+async def test_a_hold_granted_by_the_store_is_released_if_the_lease_grants_a_retry_of_the_reservation(
     proxy, limiter, client
 ):
-    """The lease has no room for the first attempt, and the reply of the store to the first attempt is lost."""
+    """The first attempt fails because the lease has no room and the reply of the store is late."""
     with away(proxy.url):
         filler = None
         proxy.hold_replies()
@@ -461,7 +461,7 @@ async def test_during_an_outage_a_heartbeat_reopens_an_expired_hold_unless_the_h
 
 
 async def test_a_hold_granted_during_an_outage_is_charged_to_the_window_in_which_the_chunk_was_reserved(clocked_server):
-    """Midnight during the outage: nothing more is granted, and open holds settle into their own day."""
+    """Midnight passes during the outage: nothing more is granted, and an open hold counts in the day of its chunk."""
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 57, tzinfo=UTC))
     async with limiter_for(clocked_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
@@ -502,7 +502,7 @@ async def test_after_a_commit_above_the_chunk_the_lease_grants_nothing_more_duri
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-async def test_after_a_flush_the_store_receives_the_chunk_and_the_spend_again(proxy, limiter, client):
+async def test_the_chunk_and_the_spend_are_restored_after_the_store_is_flushed_during_an_outage(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "2.00")
     await (await limiter.reserve("agent", "1.00")).commit("1.00")
@@ -654,8 +654,8 @@ def test_three_processes_never_exceed_the_cap_even_if_a_process_is_killed_during
         assert counted(client) <= to_units("5.00")
 
 
-def test_if_a_process_stalls_until_an_outage_has_ended_the_cap_is_not_exceeded(own_server):
-    """The stalled process has spent its chunk; meanwhile another process spends all that the store grants."""
+def test_the_cap_is_not_exceeded_if_a_process_stalls_until_an_outage_has_ended(own_server):
+    """The process has spent its chunk before it stalls; during the stall, another process spends the rest."""
     options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": random.randrange(2**32)}
     print(f"seed {options['seed']}")
     with workers("prepaid.py", 1, options) as [replica], own_server.client() as client:
@@ -698,7 +698,7 @@ async def test_many_tasks_together_spend_no_more_than_the_shared_chunk(own_serve
             await until(lambda: sums(client)["spent"] == ledger_sum(client) == 71 * to_units("0.007"))
 
 
-async def test_in_a_random_history_with_outages_all_spend_is_recorded_once(own_server):
+async def test_all_spend_is_recorded_once_in_a_random_history_with_outages(own_server):
     """The recorded spend equals the sum of all commits, and every reading is at most the cap."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")

@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh copy of the tracked and new files, with the environment of this test run as `.venv`."""
+    """A copy of all files that git does not ignore; its `.venv` is the environment of this test run."""
     target = Path(tmp_path_factory.mktemp("clone")) / "ktrdr-budget"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -66,7 +66,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(clone: Path) -> Iterator[int]:
-    """`make run`, until it is ready."""
+    """Start `make run`, wait until the service is ready, and yield the port."""
     port = free_port()
     process = subprocess.Popen(
         ["make", "run", f"PORT={port}"],

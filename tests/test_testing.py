@@ -1,4 +1,4 @@
-"""Limiters in memory, which users take for their own tests; no promise of the package is tested on them."""
+"""Limiters in memory, which users of the package can use in tests; the promises are tested on real servers only."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_repeated_id_is_a_replay_with_equal_contents_and_a_conflict_with_diffe
         limiter.reserve("other", "1.00")
 
 
-def test_a_hold_block_commits_the_accrued_amount_and_after_an_error_releases_the_hold(limiter):
+def test_a_hold_block_commits_the_accrued_amount_or_releases_the_hold_after_an_error(limiter):
     with limiter.hold("agent", "1.00") as hold:
         hold.accrue("0.20")
         hold.extend()
@@ -190,7 +190,7 @@ async def test_the_readiness_check_of_a_memory_limiter_finds_no_fault(async_limi
 
 
 async def test_every_script_of_a_limiter_runs_in_memory():
-    """Two scripts are excepted: the audit runs them over connections of its own."""
+    """Only two scripts do not run: the audit uses them, over separate connections."""
     server = memory_server()
     with fakeredis.FakeRedis(server=server) as client:
         async with AsyncMemoryLimiter(BUDGETS, server=server) as limiter:

@@ -69,9 +69,7 @@ def test_recorded_spend_is_logged_with_total_and_remainder(server, caplog):
     )
 
 
-def test_recorded_spend_of_an_unlimited_budget_reads_the_status_only_if_the_spend_is_logged(
-    server, caplog, monkeypatch
-):
+def test_record_spend_on_an_unlimited_budget_reads_the_status_only_if_the_spend_is_logged(server, caplog, monkeypatch):
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
     with BudgetTracker(url=server.url) as tracker:
         caplog.set_level(logging.INFO, "ktrdr_budget")
@@ -83,7 +81,7 @@ def test_recorded_spend_of_an_unlimited_budget_reads_the_status_only_if_the_spen
         tracker.record_spend(0.3, "op_1")
 
 
-def test_if_can_spend_denies_the_reason_shows_the_remaining_and_the_needed_amount(server):
+def test_a_denial_by_can_spend_shows_the_remaining_and_the_needed_amount(server):
     with BudgetTracker("0.25", url=server.url) as tracker:
         tracker.record_spend("0.15", "a")
         assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
@@ -150,7 +148,7 @@ def test_spend_is_still_recorded_after_the_process_and_the_server_restart(tmp_pa
     assert subprocess.check_output(read, text=True, env=environment).strip() == "0.25"
 
 
-def test_if_the_store_is_unreachable_get_remaining_raises_and_can_spend_denies_as_unavailable(
+def test_get_remaining_raises_an_error_and_can_spend_denies_if_the_store_is_unreachable(
     tmp_path: Path,
 ):
     with BudgetTracker(1, url=f"unix://{tmp_path}/nobody") as tracker:

@@ -1,4 +1,4 @@
-"""``scripts/verify.sh``: a sound stack passes, a broken one fails, and no change remains."""
+"""``scripts/verify.sh``: a sound stack passes, a broken stack fails, and the script leaves nothing changed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Verified:
 
     @property
     def results(self) -> dict[str, str]:
-        """``PASS``, ``FAIL`` or ``SKIP`` of each check."""
+        """The result of each check: ``PASS``, ``FAIL`` or ``SKIP``."""
         lines = [line.split() for line in self.output.splitlines() if line[:5] in ("PASS ", "FAIL ", "SKIP ")]
         return {words[1]: words[0] for words in lines}
 
@@ -73,7 +73,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="module")
 def running(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Two replicas on an embedded server, with quick cycles and traces."""
+    """Two replicas on an embedded server; their cycles are short, and they export traces."""
     data_dir = tmp_path_factory.mktemp("stack") / "budget"
     with stack(AGENT_BUDGET_DIR=data_dir, AGENT_PHASE_SECONDS="0.1", **receiver.environment) as running:
         yield running
@@ -87,7 +87,7 @@ def replicas(running: Stack) -> str:
 
 
 def shape(line: str) -> str:
-    """Replace the varying parts of a line. This stack has traces; that of the README has none."""
+    """Replace the parts of a line that vary; remove the mention of a trace id, which the README does not show."""
     line = line.removesuffix(" with its trace id")
     return re.sub(r"op_\w+", "ID", re.sub(r"[\d.]*\d", "N", re.sub(r"op_\w+", "ID", line)))
 
@@ -115,7 +115,7 @@ def test_the_readme_shows_the_output_of_the_verify_script(running: Stack) -> Non
 
 
 OBSERVERS = ("traces", "grafana")
-"""They are asked where they usually are; what answers there on a developer's machine is not this test's."""
+"""The test ignores these checks: they use default addresses, where a developer's machine may run other programs."""
 
 
 # --- A sound stack --------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_correct_stack_passes_every_check_of_the_verify_script(running: Stack,
 
 
 @pytest.mark.slow
-def test_an_interrupted_verify_script_restores_the_run_time_limit(running: Stack) -> None:
+def test_an_interrupted_verify_script_restores_the_limit_that_was_set_at_run_time(running: Stack) -> None:
     url = running.url("service")
     limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=60)
     set_before = limit.json()
@@ -168,7 +168,7 @@ def test_an_interrupted_verify_script_restores_the_run_time_limit(running: Stack
 
 
 def cancelled_cycle(url: str) -> str:
-    """Cancel cycles until one is cancelled before its end, which on a busy machine may take several; return its id."""
+    """Start and cancel cycles until one is cancelled before its end; return the id of that cycle."""
     while True:
         operation_id = httpx.post(f"{url}/api/v1/agent/trigger", timeout=60).json()["operation_id"]
         answer = httpx.delete(f"{url}/api/v1/agent/cancel/{operation_id}", timeout=60)
@@ -179,9 +179,7 @@ def cancelled_cycle(url: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_verify_script_requires_a_trace_for_each_requested_cycle_outcome(
-    running: Stack, receiver: OtlpReceiver
-) -> None:
+def test_the_verify_script_fails_if_a_cycle_has_no_trace(running: Stack, receiver: OtlpReceiver) -> None:
     url = running.url("service")
     operation_id = cancelled_cycle(url)
     with answering(jaeger(receiver)) as jaeger_url:
@@ -220,7 +218,7 @@ def test_the_verify_script_fails_if_the_service_is_unreachable(server: Server) -
 
 @pytest.mark.slow
 def test_the_verify_script_fails_if_a_trace_is_incomplete(running: Stack, receiver: OtlpReceiver) -> None:
-    """The same spans, each time with one defect."""
+    """The trace has a different defect each time."""
 
     def without_root(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [span for span in spans if span["operationName"] != "agent.research_cycle"]
@@ -255,7 +253,7 @@ def test_the_verify_script_fails_if_a_trace_is_incomplete(running: Stack, receiv
 
 
 @pytest.mark.slow
-def test_the_verify_script_accepts_an_exhausted_budget_but_checks_exhaustion_only_with_the_admin_key(
+def test_the_verify_script_passes_if_the_budget_is_exhausted_or_the_admin_key_is_missing(
     server: Server,
 ) -> None:
     keys = {"KTRDR_API_KEY": "use-key", "KTRDR_ADMIN_KEY": "admin-key"}
@@ -277,7 +275,7 @@ def test_the_verify_script_rejects_the_name_of_an_unknown_check() -> None:
     assert found.output.startswith("verify: no check everything; there are ready budget ")
 
 
-def test_the_verify_script_rejects_a_python_without_the_package() -> None:
+def test_the_verify_script_fails_if_the_python_interpreter_has_no_ktrdr_budget_package() -> None:
     ended = subprocess.run(command(), env=environment(PYTHON="false"), capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "verify: false has no ktrdr-budget; set PYTHON\n"

@@ -1,4 +1,4 @@
-"""The users of ``docker/redis/users.acl``: the product works as its user, and that user can do nothing else."""
+"""The user of the product in ``docker/redis/users.acl`` has the permissions that the product needs, and no others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OF_CONNECTING = {"auth", "hello", "select", "ping", "client|setname"}
 
 @dataclass
 class GuardedServer(Server):
-    """Started by `docker/redis/start.sh`; `client` logs in as the product, `operator` has all permissions."""
+    """A server started by `docker/redis/start.sh`; the method `client` logs in as the user of the product."""
 
     @property
     def url(self) -> str:
@@ -267,7 +267,7 @@ def test_the_compose_overlay_starts_redis_with_the_acl_file_and_passes_the_passw
 # -- a cluster ---------------------------------------------------------------------------------------------------------
 
 OF_A_CLUSTER = ["+cluster|slots", "+asking"]
-"""The further permissions on a cluster, as in docs/security.md."""
+"""The permissions that a cluster requires in addition, as in docs/security.md."""
 
 
 async def test_the_documented_cluster_permissions_suffice_on_a_cluster(tmp_path_factory):

@@ -1,4 +1,4 @@
-"""Real clusters of three masters with a replica each: requests go to the current primary of the tenant's slot."""
+"""Real clusters of three masters and three replicas: requests go to the current master of the tenant's slot."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def _either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def either(_either: Cluster) -> Cluster:
-    """An empty cluster of each kind of server: their replies differ during a slot migration."""
+    """An empty cluster, once for each kind of server; the kinds reply differently during a slot migration."""
     _either.flush()
     return _either
 
 
 @pytest.mark.parametrize("tenant", ["default", "alpha", "beta", "team:quant"])
 async def test_all_keys_of_a_tenant_are_in_one_slot(cluster, tenant):
-    """runcycles, PostHog #60838, gateway #248: no CROSSSLOT, since all keys are declared and share a hash tag."""
+    """runcycles, PostHog #60838, gateway #248: no CROSSSLOT error, since all keys of a tenant share a hash tag."""
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=tenant, timeout=20.0) as limiter:
         hold = await limiter.reserve({"agent": "0.15", "team:quant": "0.15", "cycles": 1}, id="op_1")
         hold.accrue("0.03")
@@ -184,7 +184,7 @@ def held_in(cluster: Cluster) -> int:
 
 @asynccontextmanager
 async def spenders(limiter: AsyncBudgetLimiter) -> AsyncIterator[None]:
-    """Four callers spend during the block, and 50 times after it; no commit is lost or counted twice."""
+    """Four callers spend during the block and after it, until 50 more commits succeed. Each commit must count once."""
 
     async def spend() -> None:
         nonlocal spent
@@ -297,7 +297,7 @@ async def _holds(limiter, amount: int) -> bool:
 
 
 async def test_the_first_reservation_of_a_tenant_waits_until_its_slot_has_migrated(either):
-    """No key exists yet: the source replies ASK, and the target must not create a second window."""
+    """The tenant has no keys yet, so the source replies ASK; no window must be created before the slot has migrated."""
     source = either.owner("fresh")
     async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="fresh", timeout=30.0) as limiter:
         with either.migrating("fresh", either.others(source)[0]):
@@ -327,8 +327,8 @@ async def test_tenants_in_other_slots_are_not_affected_by_a_migration(cluster):
         await stuck.reserve("agent", "0.01")
 
 
-async def test_during_an_atomic_slot_migration_of_valkey_calls_continue_and_no_spend_is_lost(cluster):
-    """Valkey 9 copies a slot like a replica and then switches at once: no TRYAGAIN, and no loss."""
+async def test_calls_continue_and_no_spend_is_lost_during_an_atomic_slot_migration_of_valkey(cluster):
+    """Valkey 9 copies the whole slot, as to a replica, and then switches at once: no TRYAGAIN, and no loss."""
     source = cluster.owner("default")
     target = cluster.others(source)[0]
     slot = slot_of("default")
@@ -395,7 +395,7 @@ async def test_a_manual_failover_loses_no_spend(cluster):
 
 
 async def test_calls_to_a_hanging_master_succeed_after_a_new_master_is_elected(cluster):
-    """Its connections stay open without replies: no call may wait until its own deadline."""
+    """The connections to the hanging master stay open without replies; still, no call may wait until its deadline."""
     old = cluster.owner("default")
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -413,7 +413,9 @@ async def test_calls_to_a_hanging_master_succeed_after_a_new_master_is_elected(c
 # -- wrong URLs --------------------------------------------------------------------------------------------------------
 
 
-async def test_if_the_url_confuses_a_single_server_with_a_cluster_the_error_names_the_cause(cluster, start_server):
+async def test_the_error_names_the_cause_if_a_cluster_url_leads_to_a_single_server_or_the_reverse(
+    cluster, start_server
+):
     [port] = free_ports(1)
     start_server(None, "--port", str(port))
     elsewhere = cluster.others(cluster.owner("default"))[0]
@@ -436,7 +438,7 @@ async def test_a_cluster_is_found_if_one_node_of_the_url_is_reachable(cluster):
 
 @pytest.mark.slow
 async def test_if_a_replica_is_promoted_during_a_slot_migration_the_cap_is_not_exceeded(either):
-    """In Redis 7, replicas have no record of a migration: a promoted one treats its part of the slot as all of it."""
+    """In Redis 7, replicas have no record of a migration: a promoted one takes its part of the slot for all of it."""
     source = either.owner("torn")
     target = either.others(source)[0]
     async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="torn", timeout=20.0) as limiter:

@@ -1,4 +1,4 @@
-"""Credentials that rotate: fetched at each connection, by every client, and never shown.
+"""Rotating credentials: every client fetches them for each new connection, and no output shows them.
 
 envoyproxy/ratelimit #799, litellm PR #38413.
 """
@@ -28,7 +28,7 @@ BUDGETS = [Budget("agent", "5.00")]
 
 
 class Vault:
-    """A provider (a callable) of the password of the user `worker`, which the test rotates."""
+    """A credential provider (a callable) for the user `worker`; the test rotates the password."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -49,7 +49,7 @@ class Vault:
 
 
 class Provider(CredentialProvider):
-    """A provider as users of redis-py write one."""
+    """A credential provider in the form that redis-py defines."""
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
@@ -66,7 +66,7 @@ class AsyncProvider(Provider):
 
 @pytest.fixture
 def own(start_server: Callable[..., Server]):
-    """A server whose clients log in as `worker`."""
+    """A server for one test; its clients log in as `worker`."""
     made = start_server()
     with made.client() as client:
         client.execute_command("ACL", "SETUSER", "operator", "on", ">operator", "~*", "&*", "+@all")

@@ -50,7 +50,7 @@ def clean(*texts: object) -> None:
 
 @pytest.fixture(scope="module")
 def guarded(start_server) -> Server:
-    """A server on a TCP port whose user has another password than any that is tried."""
+    """A server on a TCP port; the password of its user is none of those that the tests try."""
     port = free_port()
     server = start_server(None, "--port", str(port))
     server.port = port
@@ -183,7 +183,7 @@ def test_responses_and_logs_of_the_service_contain_no_secret(guarded):
 
 
 class _Refusing(BaseHTTPRequestHandler):
-    """A provider that quotes the received key in its error."""
+    """An LLM provider that quotes the received API key in its error."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))

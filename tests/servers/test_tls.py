@@ -1,4 +1,4 @@
-"""TLS with a real server, with and without client certificates: limiters, audit, connections for batches."""
+"""Limiters and the audit use TLS with a real server, with and without client certificates."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module", params=["no", "yes"], ids=["server only", "mutual"])
 def tls(request: pytest.FixtureRequest, authority: Authority, tmp_path_factory) -> Iterator[TlsServer]:
-    """Debian's Redis, which supports TLS; the embedded Valkey does not."""
+    """Debian's Redis with TLS; the embedded Valkey does not support TLS."""
     binary = shutil.which("redis-server") or need("redis-server")
     certificate, key = authority.issue(f"server-{request.param}", alternative="DNS:localhost,IP:127.0.0.1")
     port = free_port()
@@ -90,7 +90,7 @@ def tls(request: pytest.FixtureRequest, authority: Authority, tmp_path_factory) 
 
 @pytest.fixture
 def identity(authority: Authority, tls: TlsServer) -> dict[str, object]:
-    """URL options that this server accepts."""
+    """The URL options with which this server accepts a client."""
     certificate, key = authority.issue("client", alternative="DNS:client")
     trust = {"ssl_ca_certs": authority.certificate}
     mutual = "yes" in tls.options
@@ -115,9 +115,9 @@ def test_the_sync_limiter_and_the_audit_use_tls(tls, identity):
 
 
 async def refusal(url: str, words: str = "") -> str:
-    """The error of a call; the audit must fail as well.
+    """Return the error of a call, and check that the audit fails as well.
 
-    Retries until the error matches ``words``: a busy machine may not finish the handshake in time.
+    Retry until the error matches ``words``, since a busy machine may not finish the handshake in time.
     """
     for _ in range(5):
         if re.search(words, message := await _refusal(url), re.IGNORECASE):

@@ -52,7 +52,7 @@ def samples_of(text: str, families: Any = text_string_to_metric_families) -> Sam
 
 
 def at_zero() -> Samples:
-    """All counters at 0, without the figures of the store."""
+    """The counters of the agent, all 0; the figures of the store are not included."""
     found: Samples = {("agent_budget_spend_total",): 0}
     found |= {("agent_cycles_total", outcome): 0 for outcome in ("completed", "failed", "cancelled")}
     found |= {
@@ -89,7 +89,7 @@ async def test_every_counter_starts_at_zero(server):
         assert await scrape() == at_zero() | figures(5, 0, 0, 0)
 
 
-async def test_cycles_and_phases_and_gates_and_tokens_are_counted(server):
+async def test_the_metrics_count_cycles_phases_gate_results_and_tokens(server):
     async with agent(server.url) as (_, counted, scrape):
         before = await scrape()
         counted.cycle_ended("completed", 61.5)
@@ -221,7 +221,7 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 
 
 def test_a_scrape_includes_the_counters_of_earlier_processes(server, tmp_path: Path):
-    """A scrape of each process includes the counters of the earlier ones."""
+    """Three processes run one after another; the last scrape includes the counters of all three."""
     seen = []
     for number in range(3):
         done = subprocess.run(

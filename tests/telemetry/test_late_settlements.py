@@ -1,4 +1,4 @@
-"""Spend with a lost reply is counted and logged once, by its own replica, when it is acknowledged."""
+"""If the reply to a settlement is lost, its replica counts and logs the spend once, at the later acknowledgement."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Replica:
 
     @property
     def spent(self) -> tuple[float, float]:
-        """Counted dollars and requests."""
+        """The dollars and the requests that the metrics have counted."""
         dollars = self.counted(budget="agent", unit="usd")
         assert self.counted("agent_budget_spend_total") == dollars
         return dollars, self.counted(budget="calls", unit="requests")
@@ -75,13 +75,13 @@ async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter) -> None:
 
 
 def resolves_nothing(limiter: AsyncBudgetLimiter) -> None:
-    """Disable the background resolution, except during close."""
+    """Disable the background resolution of unknown outcomes, except while the limiter closes."""
     backlog = limiter.engine.dispatcher.replayer
     backlog.hasten = backlog.schedule = lambda: None
 
 
 async def reserved(limiter: AsyncBudgetLimiter, id: str):
-    """Reserve as soon as the store replies."""
+    """Repeat a reservation until the store grants it."""
 
     async def granted() -> object:
         try:

@@ -128,7 +128,7 @@ async def test_the_gauge_of_unconfirmed_amounts_includes_an_expired_hold(server)
 
 
 async def test_budget_gauges_are_absent_during_an_outage_of_the_store(start_server):
-    """#38087, #29937: gauges show the full budget, or +Inf, when spend is unknown."""
+    """#38087, #29937: the gauges showed the full budget, or +Inf, although the spend was unknown."""
     own = start_server()
     async with watched(own.url, timeout=0.1) as (limiter, metrics):
         await limiter.record("agent", "4")
@@ -150,7 +150,7 @@ async def test_budget_gauges_are_absent_during_an_outage_of_the_store(start_serv
 
 
 async def test_the_audit_gauge_is_absent_during_an_outage_even_after_a_successful_audit(start_server):
-    """The result of an audit before an outage is not valid after it."""
+    """The result of an earlier audit is not valid during an outage."""
     own, audit = start_server(), Audit()
     async with watched(own.url, timeout=0.5) as (limiter, metrics):
         metrics.add(audit)
@@ -308,7 +308,7 @@ async def test_data_losses_of_the_store_are_counted(server):
         assert (await scrape(metrics))["ktrdr_budget_losses_total",] == 1
 
 
-async def test_repaired_settlements_and_resent_requests_are_counted(server, tmp_path_factory):
+async def test_settlements_restored_by_a_repair_and_resolved_requests_are_counted(server, tmp_path_factory):
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy,
         watched(proxy.url, timeout=0.2) as (limiter, metrics),

@@ -18,7 +18,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "observability.md").read_text(e
 
 
 def documented() -> set[str]:
-    """The first column of the tables of metrics; ``_held`` is short for ``ktrdr_budget_held``."""
+    """The names in the first column of the metric tables, where ``_held`` is short for ``ktrdr_budget_held``."""
     rows = re.findall(r"^\| (`(?:agent|ktrdr_budget)_.*?) \|", DOCUMENT, re.MULTILINE)
     names = re.findall(r"`(\w+)`", " ".join(rows))
     return {f"ktrdr_budget{name}" if name.startswith("_") else name for name in names}

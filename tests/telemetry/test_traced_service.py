@@ -1,4 +1,4 @@
-"""Spans of a cycle from the processes of `ktrdr serve`, for each kind of end."""
+"""Spans of completed, failed and cancelled cycles, exported by the processes of `ktrdr serve`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_heartbeats_of_a_cycle_have_no_spans(server, receiver: OtlpReceiver):
 
 
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
-    """Return the root of an ended cycle and its trace, which must be one tree."""
+    """Check that the trace of an ended cycle is one tree; return its root span and all its spans."""
     spans = receiver.wait_named("agent.research_cycle")
     (root,) = [span for span in spans if span.name == "agent.research_cycle"]
     cycle = trace_of(spans, root.trace_id)
@@ -86,7 +86,7 @@ def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span
 
 
 def phases(cycle: list[Span], root: Span) -> dict[str, Span]:
-    """Return the spans of the phases, by name, in their order."""
+    """Return the spans of the phases by name, in the order of the phases."""
     return {span.name: span for span in children(cycle, root) if span.name.startswith("agent.phase.")}
 
 

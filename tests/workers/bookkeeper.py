@@ -1,6 +1,6 @@
-"""A replica that makes all calls that change the ledger until it reads a line; then it prints its spend.
+"""A replica that makes calls of every kind that changes the ledger, reads a line to stop, and prints its spend.
 
-Options: `url, callers, worker`. Some of its holds expire, and are committed, revived or released after that.
+Options: `url, callers, worker`. Some holds expire first; most of these are then committed, released or extended.
 """
 
 import asyncio

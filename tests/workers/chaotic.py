@@ -1,14 +1,16 @@
-"""One replica of the chaos bench: its callers spend, retry, abandon or are cancelled, and write every call to a file.
+"""One replica of the chaos bench. Its callers spend, retry, leave holds open or are cancelled; a file has every call.
 
 Options: `url, tenants, budgets, timeout, timeouts, settling_timeout, callers, pause_ms, cancels, leaves, limiter,
-history, seed, worker, number`. Each call is written twice, at its begin and at its end, so the file shows the calls in
-flight when the process was killed. Lines of the file, with times in nanoseconds of the machine's monotonic clock:
+history, seed, worker, number`. Each call has two lines in the file: one when it begins, one when it ends. So the file
+shows which calls were in flight when the process was killed. The lines, with times in nanoseconds of the machine's
+monotonic clock:
 
-    {"n", "at", "call", "tenant", "id", "requested", "ttl_ms", "policy"}    begun; amounts in whole units
-    {"n", "at", "outcome", "amounts", "windows", "ambiguous", "hold_id"}    ended: done, replayed, …, or an error
+    {"n", "at", "call", "tenant", "id", "requested", "ttl_ms", "policy"}    a call begins; amounts in whole units
+    {"n", "at", "outcome", "amounts", "windows", "ambiguous", "hold_id"}    it ends: done, replayed, …, or an error
     {"at", "stalled_ns"}    end and length of a stall: the process was busy, or had no core
 
-Commands on stdin: `go`, then `stop`, which makes it retry every call with an unknown outcome and print a report.
+Commands on stdin: `go`, then `stop`. After `stop`, the replica retries every call with an unknown outcome and prints a
+report.
 """
 
 import asyncio
@@ -27,9 +29,9 @@ SETTLING_S = 120.0
 RETRIES_AT_ONCE = 50
 TIMER_S = 0.005
 STALL_MIN_S = 0.01
-"""Delay of the timer from which on it counts as a stall."""
+"""A longer delay of the timer counts as a stall."""
 SHARED_EACH_S = 0.05
-"""Interval between new ids that all replicas use."""
+"""The ids that all replicas share change at this interval."""
 
 
 def send(line: object) -> None:
@@ -52,7 +54,7 @@ class History:
         self._write({"n": number, "at": time.monotonic_ns(), **fields})
 
     async def watch(self) -> None:
-        """Write the stalls of the event loop, during which no call can end and no reply is read."""
+        """Write each stall of the event loop to the file; during a stall no call can end and no reply is read."""
         while True:
             began_ns = time.monotonic_ns()
             await asyncio.sleep(TIMER_S)
@@ -89,12 +91,12 @@ class Replica:
         self.capped = [b for b in limiter.budgets.values() if b.limit is not None]
         self.uncapped = [b for b in limiter.budgets.values() if b.limit is None]
         self.unknown: dict[tuple[str, str], object] = {}
-        """Retries of calls with an unknown outcome, by call and id."""
+        """Functions that retry a call with an unknown outcome, by call and id."""
         self.stopping = False
         self.began = time.monotonic()
 
     async def call(self, call: str, hold_id, requested: dict, make, *, cancels: float = 0.0, **fields) -> CallResult:
-        """Make one call, and write its begin and its outcome."""
+        """Make one call; write a line when the call begins, and its outcome when it ends."""
         known = {"call": call, "tenant": self.limiter.tenant, "id": hold_id, "requested": requested}
         number = self.history.begin(**known, **fields)
         task = asyncio.ensure_future(make())
@@ -112,7 +114,7 @@ class Replica:
         return result
 
     async def call_with_retries(self, times: int, call: str, hold_id, requested: dict, make, **fields) -> CallResult:
-        """Make a call, and retry it without a reply; keep it for later if the outcome stays unknown."""
+        """Make a call; retry it if no reply arrives. If the outcome stays unknown, keep the call for a later retry."""
         result = await self.call(call, hold_id, requested, make, **fields)
         fields["cancels"] = 0.0
         if call == "reserve" and result.outcome == "cancelled":  # the limiter releases a grant
@@ -195,7 +197,7 @@ class Replica:
         await self.call_with_retries(4, "commit", hold.id, spent, make, cancels=self.options["cancels"] if own else 0.0)
 
     async def extend_or_grow(self, hold, spent: dict) -> None:
-        """Extend with a part of the later commit, or grow."""
+        """Extend the hold and report half of its later cost, or grow the hold."""
         if self.random.random() < 0.5:
             accrued = {name: units // 2 for name, units in spent.items() if units // 2}
             hold.accrue_to(as_money(accrued))
@@ -208,7 +210,7 @@ class Replica:
     # -- after the faults ----------------------------------------------------------------------------------------------
 
     async def resolve_unknown(self) -> None:
-        """Retry the calls with an unknown outcome until it is known."""
+        """Retry each call with an unknown outcome until the outcome is known, for at most ``SETTLING_S``."""
         ends = time.monotonic() + SETTLING_S
         while self.unknown and time.monotonic() < ends:
             if self.limiter.store_state == "closed":  # otherwise calls fail fast, and keep the machine busy
@@ -296,7 +298,7 @@ async def main(options: dict) -> None:
 
 
 def listen(loop: asyncio.AbstractEventLoop, lines: asyncio.Queue) -> None:
-    """Read the commands of the bench in a thread; end the process at the end of the input."""
+    """Read the commands of the bench, in a thread; when the input ends, end the process."""
     for line in iter(sys.stdin.readline, ""):
         loop.call_soon_threadsafe(lines.put_nowait, json.loads(line))
     os._exit(1)

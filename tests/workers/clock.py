@@ -1,6 +1,6 @@
-"""One replica, perhaps with a wrong clock: spends once, and prints its own date and the window of its spend.
+"""One replica, whose clock may be wrong: it spends, and prints its own date and the window of its spend.
 
-Options: `url, budget, timezone, started`. Prints "ready", reads a line, spends, and prints its figures.
+Options: `url, budget, timezone, started`. It prints "ready", reads a line, spends, and prints its figures.
 """
 
 import asyncio

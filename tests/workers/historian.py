@@ -1,7 +1,7 @@
 """One of several replicas that make random calls about the same ids and record each call with its reply.
 
 Options: `url, limits, tasks, calls, ids, seed, worker`. It prints "ready", waits for a line, and prints its history, a
-list of `{call, id, amounts, began, ended, reply, settled, late}`; instants in nanoseconds of the monotonic clock.
+list of `{call, id, amounts, began, ended, reply, settled, late}`. Times are nanoseconds of the monotonic clock.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ def send(line: object) -> None:
 
 
 def contents(hold_id: str, budgets: list) -> dict:
-    """The contents that each replica requests for this id, in units."""
+    """The amounts, in units, that every replica requests for this id."""
     chance = random.Random(hold_id)
     names = chance.sample(budgets, chance.choice((1, 1, 2)))
     return {name: chance.randrange(1, 300) * 10**6 + chance.randrange(2) for name in names}

@@ -1,7 +1,7 @@
-"""One replica that spends from a lease until the budget has no room for its smallest amount.
+"""One replica that spends from a lease until the budget has no room for the smallest of its amounts.
 
-Options: `url, limit, slab, amounts, callers, ttl, seed, worker`. Prints "ready", reads a line, and finally prints
-its spend, in units, and the reason of its last denial.
+Options: `url, limit, slab, amounts, callers, ttl, seed, worker`. It prints "ready", reads a line, spends, and prints
+how many units it has spent and the reason of the last denial.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Imports the package once, and forks the processes that run one script: faster than one interpreter for each.
+"""Import the package once and fork processes that run one script, faster than a new interpreter for each process.
 
-One JSON argument: `script, options, fds`. Each child reads and writes lines of JSON on its file descriptor, its pid
-first. The pid is not reused before the end of the nursery's standard input.
+The argument is a JSON object: `script, options, fds`. Each child has one file descriptor: it writes its pid, then reads
+and writes lines of JSON. No pid is reused before the standard input of this program ends.
 """
 
 import importlib.util

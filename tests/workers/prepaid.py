@@ -1,8 +1,8 @@
-"""One replica under policy `lease`: reads commands, one a line, and replies to each with a line.
+"""One replica under policy `lease`: it reads one command per line and prints one reply per line.
 
-Options: `url, limit, slab, seed, worker`. `{"do": "ready"}` is replied to once its chunk is there; `{"do": "spend",
-"amounts": […]}` reserves and commits each amount while the store is away, and replies with the units spent and how many
-reservations were refused.
+Options: `url, limit, slab, seed, worker`. The reply to `{"do": "ready"}` comes once the replica has its prepaid chunk.
+The command `{"do": "spend", "amounts": […]}`, sent during an outage, reserves and commits each amount; the reply has
+the number of units spent and the number of refused reservations.
 """
 
 import asyncio

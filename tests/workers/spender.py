@@ -1,7 +1,7 @@
 """One replica in a race for a cap: it reserves until the budget is exhausted.
 
-Options: `url, limit, amounts, callers, ttl, settle, worker`. Prints "ready", reads a line, and finally prints its
-granted and committed units.
+Options: `url, limit, amounts, callers, ttl, settle, worker`. It prints "ready", reads a line, reserves, and prints how
+many units were granted to it and how many it has committed.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""A small traced app on a real store; sends requests to it in its own process and prints the replies as JSON.
+"""Run a small traced app on a real store, send requests to the app in this process, and print the replies as JSON.
 
-Arguments: the store's URL, then ``METHOD path`` for each request, in order; ``&`` before one sends it concurrently with
-the previous one.
+Arguments: the store's URL, then ``METHOD path`` for each request, in order. A request that starts with ``&`` is sent
+concurrently with the previous request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The definition of a budget (unit, kind, period, timezone): registered by its first use, replaced by a migration."""
+"""The first use of a budget registers its definition (unit, kind, period, timezone); a migration replaces it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_a_replica_with_a_different_definition_cannot_use_the_budget(serve
     assert counted(client) == to_units("5.00")
 
 
-async def test_a_definition_conflict_fails_only_calls_that_use_the_budget_in_conflict(server):
+async def test_only_calls_that_use_the_budget_with_conflicting_definitions_fail(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -98,12 +98,12 @@ async def test_a_definition_conflict_fails_only_calls_that_use_the_budget_in_con
         assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
 
 
-def test_the_exception_budget_mismatch_is_an_alias_of_definition_conflict():
+def test_budget_mismatch_is_another_name_of_the_exception_definition_conflict():
     assert BudgetMismatch is DefinitionConflict
 
 
 async def test_holds_reserved_before_a_migration_can_be_settled_after_the_migration(server, client):
-    """Holds are settled by the hold object, by id, and by a replica without that budget."""
+    """The test settles holds through their objects, by id, and from a replica without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -140,7 +140,7 @@ async def test_spend_deferred_before_a_migration_is_recorded_after_the_migration
 
 
 async def test_a_hold_reserved_before_a_migration_cannot_grow_after_the_migration(server, client):
-    """Growth is refused to replicas of the former and of the new definition, and to one without that budget."""
+    """No replica can grow the hold: neither with the old definition, nor with the new one, nor without the budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -245,7 +245,7 @@ async def test_after_a_migration_the_first_reservation_with_the_former_definitio
 
 
 async def test_reservations_with_the_former_definition_are_still_refused_after_a_repair(server, client, monkeypatch):
-    """The repair restores the limit of the window, but not the field that enables the fast path."""
+    """The repair restores the limit of the window, but not its field `asserted`, which the fast path requires."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         hold = await first.reserve("agent", "0.10", id="lost")
@@ -260,10 +260,10 @@ async def test_reservations_with_the_former_definition_are_still_refused_after_a
             await first.reserve("agent", "0.10")
 
 
-async def test_reservations_are_admitted_under_only_one_of_two_conflicting_definitions_after_a_loss(
+async def test_after_a_loss_only_one_of_two_replicas_with_conflicting_definitions_can_reserve(
     server, client, monkeypatch
 ):
-    """Both replicas repair their own windows; only the definition of the first is registered."""
+    """Each replica repairs its own windows, but only the definition of the first replica is registered."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         for limiter in (first, last):
@@ -299,7 +299,7 @@ async def test_a_migration_to_the_registered_definition_changes_nothing(server, 
         assert dump(client) == before
 
 
-def test_a_migration_clears_a_run_time_limit_only_if_the_unit_changes(server):
+def test_a_migration_clears_a_limit_set_at_run_time_only_if_the_unit_changes(server):
     budgets = [
         Budget("agent", 5),
         Budget("agent", 5, period="week"),
@@ -318,7 +318,7 @@ def test_a_migration_clears_a_run_time_limit_only_if_the_unit_changes(server):
         assert (tokens.status("agent").limit, tokens.status("agent").limit_source) == (100, "configured")
 
 
-async def test_every_key_has_an_expiry_if_a_registered_budget_has_no_window(server, client):
+async def test_every_key_has_an_expiry_even_before_a_budget_has_its_first_window(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.set_limit("other", 1)
         assert immortal_keys(client) == []
@@ -367,7 +367,7 @@ async def test_a_missing_window_of_one_budget_does_not_affect_the_status_of_othe
         assert "was begun and is not here" in str(statuses.unavailable["agent"])
 
 
-async def test_if_the_definition_of_a_budget_is_in_conflict_only_the_gauges_of_this_budget_are_absent(server):
+async def test_only_the_gauges_of_the_budget_with_conflicting_definitions_are_absent(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,

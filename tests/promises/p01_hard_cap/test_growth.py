@@ -26,7 +26,7 @@ BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
 
 @pytest.fixture
 async def far(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    """A limiter behind the proxy; the server has loaded its scripts."""
+    """A limiter behind the proxy; the server has already loaded the scripts of the limiter."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5) as made:
 
         async def scripts_loaded() -> bool:
@@ -174,7 +174,7 @@ async def test_growth_during_an_outage_and_equal_growth_after_the_outage_are_bot
 
 
 async def test_growth_is_kept_if_an_older_reply_to_a_heartbeat_arrives_after_the_growth(limiter, client):
-    """With two lanes, replies may arrive in another order than the store sent them."""
+    """A limiter may use two connections, so replies may arrive in a different order than the store sent them."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     older = client.get("ktrdr:{default}:h:op_1")
     await hold.grow("0.10")

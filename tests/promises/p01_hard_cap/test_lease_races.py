@@ -95,7 +95,7 @@ def test_a_forked_child_cannot_use_a_lease_of_its_parent(server, client):
 
 
 def test_the_leases_of_four_processes_together_never_exceed_the_cap(server, client):
-    """Their chunks together are larger than the cap. #23714: no replica has a cap of its own."""
+    """The chunks of the processes add up to more than the cap. #23714: all replicas share one cap."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     cap = to_units("1.00")
@@ -132,8 +132,8 @@ def test_the_chunk_of_a_killed_process_becomes_unconfirmed_in_full(server, clien
         assert ledger_sum(client) == to_units(left.spent + left.unconfirmed)
 
 
-async def test_in_a_random_history_the_spend_of_leases_of_three_replicas_adds_up(server, client):
-    """The store ends with the sum that plain arithmetic gives, and the cap holds at each step."""
+async def test_the_spend_from_leases_of_three_replicas_adds_up_in_a_random_history(server, client):
+    """The final spend in the store equals the sum that the test has kept, and no step exceeds the cap."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)

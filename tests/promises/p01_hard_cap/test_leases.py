@@ -1,4 +1,4 @@
-"""`limiter.lease(...)`: admission from prepaid chunks without the store, below one cap for all replicas (P1)."""
+"""`limiter.lease(...)` grants from a prepaid chunk without a request; one cap applies to all replicas (P1)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def test_acquire_waits_for_the_next_chunk_of_a_lease_but_reserve_raises_at
 
 
 async def test_a_lease_can_spend_the_rest_of_a_budget_if_a_whole_chunk_no_longer_fits(limiter, client):
-    """When a whole chunk no longer fits, the lease takes a smaller one that covers the amount."""
+    """The lease then reserves a smaller chunk, which is large enough for the amount of the call."""
     async with limiter.lease("agent", "0.30") as lease:
         with pytest.raises(BudgetExceeded) as denied:
             while True:
@@ -124,7 +124,7 @@ async def test_a_lease_of_a_budget_without_room_opens_empty_and_gets_a_chunk_lat
         assert lease.remaining == Decimal("0.48")
 
 
-async def test_after_an_idle_chunk_is_released_the_next_grant_gets_a_new_chunk(limiter, client):
+async def test_after_an_idle_chunk_is_released_the_lease_reserves_a_new_chunk_for_the_next_grant(limiter, client):
     async with limiter.lease("agent", "0.50", idle=0.1) as lease:
         lease.spend("0.02")
         await until(lambda: sums(client) == only_spent(to_units("0.02"), 1))
@@ -149,7 +149,7 @@ async def test_a_chunk_stays_reserved_after_its_lease_closes_until_the_last_gran
     await until(lambda: not limiter.engine.lease_calls.open_leases)
 
 
-async def test_closing_the_limiter_commits_an_open_lease_and_charges_its_open_grants(server, client):
+async def test_closing_the_limiter_commits_the_spend_of_a_lease_and_charges_open_grants_in_full(server, client):
     limiter = AsyncBudgetLimiter(server.url, [AGENT])
     lease = await limiter.lease("agent", "0.50").__aenter__()
     lease.spend("0.10")
@@ -172,8 +172,8 @@ async def test_a_commit_above_the_amount_of_its_grant_is_recorded_in_full_as_an_
     assert (await limiter.status("agent")).overruns == 1
 
 
-async def test_cancelled_calls_of_acquire_get_no_grant_and_a_cancelled_lease_block_commits_its_spend(limiter, client):
-    """Cancellation is clean (P14)."""
+async def test_a_cancelled_acquire_gets_no_grant_and_a_cancelled_lease_block_commits_its_spend(limiter, client):
+    """P14: a cancellation leaves no hold and loses no spend."""
     await limiter.reserve("agent", "4.00")
     async with limiter.lease("agent", "1.00") as lease:
         kept = lease.reserve("1.00")
@@ -233,7 +233,7 @@ async def test_the_examples_in_the_lease_document_run_without_an_error(server, c
 # -- windows and deadlines ---------------------------------------------------------------------------------------------
 
 
-async def test_the_spend_of_a_chunk_counts_in_the_window_that_admitted_the_chunk(clocked_server):
+async def test_spend_from_a_chunk_counts_in_the_window_in_which_the_chunk_was_reserved(clocked_server):
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 58, tzinfo=UTC))
     with clocked_server.client() as client:
         async with AsyncBudgetLimiter(clocked_server.url, [AGENT]) as limiter:
@@ -250,7 +250,7 @@ async def test_the_spend_of_a_chunk_counts_in_the_window_that_admitted_the_chunk
             assert sums(client, window="2026-11-24") == only_spent(to_units("0.03"), 1)
 
 
-async def test_a_chunk_is_replaced_before_its_hold_is_a_day_old(clocked_server):
+async def test_a_lease_replaces_a_chunk_that_has_been_reserved_for_almost_a_day(clocked_server):
     clocked_server.reset_clock()
     with clocked_server.client() as client:
         async with AsyncBudgetLimiter(clocked_server.url, [Budget("all", "5.00", period="ever")]) as limiter:
@@ -264,7 +264,7 @@ async def test_a_chunk_is_replaced_before_its_hold_is_a_day_old(clocked_server):
             assert sums(client, "all", "ever")["unconfirmed"] == sums(client, "all", "ever")["held"] == 0
 
 
-async def test_heartbeats_extend_a_chunk_and_report_the_spend_from_the_chunk(limiter, client):
+async def test_heartbeats_extend_a_chunk_and_report_how_much_of_the_chunk_is_spent(limiter, client):
     async with limiter.lease("agent", "0.50", ttl=1) as lease:
         lease.spend("0.10")
         [chunk] = await limiter.holds("agent")
@@ -296,7 +296,7 @@ async def test_after_a_chunk_is_released_by_id_the_lease_grants_only_from_a_new_
 
 @pytest.mark.parametrize("policy", ["deny", "allow", "lease"])
 async def test_during_an_outage_a_lease_grants_only_what_is_left_of_its_chunk(own_server, policy):
-    """This holds under any policy: a lease never takes its chunk from the prepaid lease that is kept for outages."""
+    """Policy `lease` also keeps a prepaid chunk for outages; the lease of the test spends nothing from that chunk."""
     options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S, **options) as limiter:
         async with limiter.lease("agent", "0.50") as lease:
@@ -338,7 +338,7 @@ async def _acquired(lease):
 
 
 async def test_if_the_deadline_of_a_chunk_passes_during_an_outage_the_commit_still_records_the_exact_spend(own_server):
-    """P5: heartbeats fail and the whole chunk is unconfirmed, so spend from it stays covered."""
+    """P5: no heartbeat arrives, so the whole chunk becomes unconfirmed and still counts against the cap."""
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
         async with limiter.lease("agent", "0.50", ttl=1) as lease:
             lease.spend("0.10")

@@ -1,4 +1,4 @@
-"""Replicas in processes of their own race for one cap; some of them are killed meanwhile (P1, P5, P11)."""
+"""Replicas race for one cap, each in a separate process; some are killed during the race (P1, P5, P11)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def race_options(url: str, **more: object) -> dict[str, object]:
 
 
 def test_eight_processes_with_identical_amounts_fill_the_cap_exactly(store):
-    """#23714, #24682: no replica has a cap of its own. #28247, #28283, #40095: first use by eight processes at once."""
+    """#23714, #24682: all replicas share one cap. #28247, #28283, #40095: eight processes start to use it at once."""
     options = race_options(store.url, limit="0.7", amounts=["0.0007"])
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:
@@ -54,7 +54,7 @@ def test_eight_processes_with_identical_amounts_fill_the_cap_exactly(store):
 
 
 def test_processes_with_mixed_amounts_never_exceed_the_cap_when_some_processes_are_killed(store):
-    """Holds of killed replicas count until their deadline; they are unconfirmed after it."""
+    """The hold of a killed replica counts until its deadline, and then becomes unconfirmed."""
     limit = to_units("6.00")
     amounts = ["0.01", "0.003", "0.0000007", "0.02", "0.0151"]
     options = race_options(store.url, limit="6.00", amounts=amounts, ttl=1, settle=True)
@@ -73,7 +73,7 @@ def test_processes_with_mixed_amounts_never_exceed_the_cap_when_some_processes_a
 
 
 def kill_at(client, racer, spent: int) -> int:
-    """Kill a racer once all have spent ``spent`` units; return the largest use of the limit until then, in units."""
+    """Kill a racer once the racers together have spent ``spent`` units. Return the most units in use until then."""
     peak = 0
 
     def reached() -> bool:
@@ -117,7 +117,7 @@ async def _status_when_all_are_unconfirmed(limiter: AsyncBudgetLimiter) -> Statu
 
 
 def test_if_eight_processes_use_a_new_budget_at_once_the_cap_is_not_exceeded(store):
-    """#40095: eight first requests of an unknown subject; #28247, #28283: a cap needs no counter to be seeded."""
+    """#40095: the first requests arrive at once. #28247, #28283: a cap needs no counter that exists in advance."""
     options = race_options(store.url, limit="0.15", amounts=["0.15"], callers=1)
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:

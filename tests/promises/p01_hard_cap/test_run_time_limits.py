@@ -1,4 +1,4 @@
-"""The limit in force: the run-time limit if there is one, else that of the replica that started last (P1)."""
+"""The limit in force is the limit set at run time, or else the configured limit of the last started replica (P1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def limiter_of(server, limit: str) -> AsyncBudgetLimiter:
     return AsyncBudgetLimiter(server.url, [Budget("agent", limit)])
 
 
-async def test_after_a_restart_with_another_limit_the_status_shows_the_new_limit_without_a_write(server, client):
+async def test_a_limiter_restarted_with_another_limit_shows_the_new_limit_and_writes_nothing(server, client):
     async with limiter_of(server, "5.00") as before:
         await (await before.reserve("agent", "1.00")).commit("1.00")
     stored = dump(client)
@@ -41,7 +41,7 @@ async def test_the_configured_limit_of_the_replica_that_started_last_applies_to_
         assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (10, 10)
 
 
-async def test_a_run_time_limit_overrides_the_configured_limit_of_a_replica_started_later(server):
+async def test_a_limit_set_at_run_time_overrides_the_configured_limit_of_a_replica_started_later(server):
     async with limiter_of(server, "5.00") as first:
         await first.reserve("agent", "1.00")
         await first.set_limit("agent", "7.00")
@@ -85,10 +85,10 @@ def test_the_limit_of_the_tracker_that_started_last_applies_to_all_trackers(serv
 
 
 @pytest.mark.parametrize("wrong_by_s", [7200, -7200])
-async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with_a_wrong_clock(
+async def test_the_limit_of_the_last_started_replica_applies_even_if_an_earlier_replica_has_a_wrong_clock(
     server, client, monkeypatch, wrong_by_s
 ):
-    """The later replica first sends a reservation, before it has read the store's clock."""
+    """The replica that starts last sends a reservation before it has read the store's clock."""
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda now=time.time: now() + wrong_by_s)
         patched.setattr(time, "time_ns", lambda now=time.time_ns: now() + wrong_by_s * 10**9)
@@ -108,7 +108,7 @@ async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with
 
 
 async def test_a_limit_set_until_the_year_2300_is_applied(server):
-    """In milliseconds, such an instant has 14 digits; it must be later than one of 13, on the fast path too."""
+    """In milliseconds, the year 2300 has 14 digits and today has 13: comparisons of instants must still be right."""
     async with limiter_of(server, "5.00") as limiter:
         await (await limiter.reserve("agent", "0.01")).commit("0.01")
         status = await limiter.set_limit("agent", "0", until=datetime(2300, 1, 1, tzinfo=UTC))
@@ -118,7 +118,7 @@ async def test_a_limit_set_until_the_year_2300_is_applied(server):
                 await limiter.reserve("agent", "0.01")
 
 
-async def test_the_next_set_limit_deletes_expired_run_time_limits(clocked_server):
+async def test_a_call_of_set_limit_deletes_limits_that_have_expired(clocked_server):
     budgets = [Budget(f"agent/{number}", "5.00") for number in range(4)]
     async with AsyncBudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter:
         for budget in budgets:

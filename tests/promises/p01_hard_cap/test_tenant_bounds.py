@@ -96,7 +96,7 @@ async def test_a_batch_of_reservations_does_not_exceed_max_holds(server):
             await limiter.reserve("free", 1)
 
 
-async def test_thirty_thousand_concurrent_attempts_get_at_most_max_holds(server):
+async def test_exactly_max_holds_of_30000_concurrent_reservations_are_granted(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=60, max_holds=20_000) as limiter:
         outcomes = await attempts(limiter, 30_000)
         assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 20_000
@@ -154,7 +154,7 @@ def test_at_max_budgets_a_new_budget_is_admitted_after_another_budget_has_expire
 
 
 def commands_of(client, run) -> dict[str, int]:
-    """The number of commands that the store runs during ``run``, those of scripts included, by name."""
+    """Count the commands that the store runs during ``run``, by name; commands inside scripts are included."""
     client.config_resetstat()
     run()
     found = client.info("commandstats")
@@ -182,7 +182,7 @@ def test_the_first_use_of_a_budget_needs_at_most_eight_more_commands_if_20000_bu
         assert min(sum(each.values()) for each in many) <= few + 8
 
 
-def test_a_write_never_reads_a_whole_hash_even_after_50000_replicas(server):
+def test_a_write_reads_no_hash_in_full_even_if_50000_replicas_are_stored(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20) as limiter:
         now_s = client.time()[0]
         pipeline = client.pipeline(transaction=False)
@@ -197,7 +197,7 @@ def test_a_write_never_reads_a_whole_hash_even_after_50000_replicas(server):
 
 
 def test_subtotals_of_short_lived_processes_are_merged_in_a_window_without_an_end(clocked_server):
-    """Two days after the last request of such processes, their subtotals are added up in one field."""
+    """Two days after the last request of a process, its subtotal is added to a field that such processes share."""
     budgets = [Budget("lifetime", None, period="ever")]
     for day in range(4):
         for _ in range(20):

@@ -120,7 +120,7 @@ async def test_an_amount_of_2_to_the_53_units_is_refused_and_nothing_is_written(
 async def test_a_window_with_a_sum_of_2_to_the_53_or_more_denies_reservations_and_still_records_spend(
     client, limiter, at_once
 ):
-    """Larger sums are exact too: HINCRBY changes them, so they are never doubles."""
+    """Larger sums are exact too: the store adds them with HINCRBY, as integers and not as doubles."""
     records = [lambda: limiter.record("open", MOST) for _ in range(5)]
     if at_once:
         await asyncio.gather(*(record() for record in records))
@@ -257,8 +257,8 @@ async def test_spend_reported_after_the_deadline_is_refused_if_the_sum_would_rea
     assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
 
 
-async def test_a_key_of_a_wrong_type_fails_only_the_operations_that_use_the_key(server, client):
-    """Whether the key is read or written first, no other operation is written in part or lost."""
+async def test_only_operations_that_use_a_key_of_a_wrong_type_fail(server, client):
+    """Every other operation is executed completely, whether the key is first read or first written."""
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         await limiter.record({"tokens": 1, "agent": "0.01"})
         for key in (window_key(client, "tokens"), window_key(client, "tokens").replace(":w:", ":l:")):

@@ -29,7 +29,7 @@ async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):
 async def test_a_worker_can_commit_an_unconfirmed_hold_after_another_replica_released_the_hold_by_id(
     limiter, other, client
 ):
-    """P3: expiry and a release by an operator do not resolve a hold."""
+    """P3: after the expiry of a hold and a release by an operator, the cost can still be committed."""
     hold = await unconfirmed(limiter, "op_1")
     for replayed in (False, True):  # a retry does not make it final
         assert (await other.release("op_1")).replayed is replayed

@@ -24,7 +24,7 @@ def expiries(client) -> int:
 
 
 async def use(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
-    """Grow a hold, and reserve and commit another."""
+    """Grow the hold; then reserve and commit another hold."""
     await hold.grow("0.01")
     other = await limiter.reserve("agent", "0.01")
     assert hold.cap_checked and other.cap_checked
@@ -39,7 +39,7 @@ async def is_extended(limiter: AsyncBudgetLimiter, hold: AsyncHold, deadline: da
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
 async def test_reservations_growth_and_heartbeats_succeed_while_other_callers_record_in_a_loop(clocked_server, policy):
-    """The store's clock stands still while the test waits: a slow machine ends no hold."""
+    """The store's clock stands still while the test waits, so that no hold expires on a slow machine."""
     clocked_server.set(clocked_server.now(), frozen=True)
     async with AsyncBudgetLimiter(clocked_server.url, [BUDGET], on_store_error=policy) as limiter:
         async with (

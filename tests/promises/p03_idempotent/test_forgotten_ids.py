@@ -83,7 +83,7 @@ async def test_an_unconfirmed_hold_can_be_committed_after_30_days(clocked_server
 
 @pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("budget", ["agent", "ever"])
-async def test_the_store_keeps_the_record_of_an_unsettled_hold_as_long_as_the_window_of_the_hold(
+async def test_the_record_of_an_unsettled_hold_expires_no_earlier_than_the_window_of_the_hold(
     clocked_server, limiter, other, client, budget, loss
 ):
     async def kept(name: str, ttl: float = 60):

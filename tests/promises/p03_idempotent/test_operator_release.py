@@ -1,4 +1,4 @@
-"""An operator's release of a hold whose worker is alive: the hold is released, and the cost is recorded (P3)."""
+"""An operator releases a hold whose worker is alive: the hold stays released, and the cost is recorded (P3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repair restores requests: a repeated reservation is a replay of the hold as it was (P3, P13)."""
+"""After a repair or an outage, a repeated reservation or commit is still a replay (P3, P13)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_after_a_repair_a_commit_repeated_with_the_same_amount_is_a_replay
 
 
 async def test_after_an_outage_another_replica_can_replay_a_hold_admitted_by_policy_allow(proxy, other):
-    """Under policy `allow`; under policy `lease`, holds exist in their process only."""
+    """Policy `lease` differs: a hold granted during an outage exists only in the process that granted the hold."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
         await limiter.status("agent")
         proxy.cut()

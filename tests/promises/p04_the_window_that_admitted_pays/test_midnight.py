@@ -29,7 +29,7 @@ def limiter_for(server, *budgets: Budget, **options) -> AsyncBudgetLimiter:
 
 @pytest.fixture
 async def limiter(clocked_server):
-    """A limiter started shortly before midnight, by a frozen clock."""
+    """A limiter that starts shortly before midnight; the clock stands still."""
     clocked_server.set(BEFORE, frozen=True)
     async with limiter_for(clocked_server) as made:
         yield made
@@ -122,9 +122,8 @@ async def test_a_record_retried_after_midnight_counts_in_the_day_of_its_first_at
 
 
 @pytest.mark.parametrize("settle", ["commit", "release"])
-async def test_litellm_rs_a_late_settlement_counts_in_the_day_of_the_reservation(
-    clocked_server, client, limiter, settle
-):
+async def test_a_late_settlement_counts_in_the_day_of_the_reservation(clocked_server, client, limiter, settle):
+    """Reported for litellm-rs."""
     hold = await limiter.reserve("agent", "0.15", ttl=60)
     clocked_server.set(AFTER + timedelta(hours=30), frozen=True)
     assert (await limiter.status("agent")).unconfirmed == 0
@@ -187,7 +186,7 @@ async def test_a_limit_set_until_the_end_of_the_window_expires_at_midnight(clock
 async def test_deferred_spend_counts_in_the_day_of_the_call_if_the_store_returns_on_the_next_day(
     start_clocked_server: Callable,
 ):
-    """This holds under policy `allow` even if the store returns on another day."""
+    """Policy `allow` defers the spend, and the store returns after midnight."""
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
     async with limiter_for(server, on_store_error="allow") as limiter:
@@ -371,7 +370,7 @@ def test_spend_of_a_replica_with_a_wrong_clock_counts_in_the_current_day_of_the_
 async def test_if_the_window_of_a_hold_has_expired_a_settlement_does_not_create_the_window_again(
     clocked_server, client, days, settle
 ):
-    """This holds even if the settling replica lacks that budget, so that it does not know their expiry (P7)."""
+    """The settling replica lacks the hourly budget, so it does not know when the window of that budget expires (P7)."""
     both = [Budget("hourly", "5.00", period="hour"), Budget("monthly", "5.00", period="month")]
     clocked_server.set(datetime(2026, 11, 2, 12, 30, tzinfo=UTC), frozen=True)
     async with limiter_for(clocked_server, *both) as maker:

@@ -1,4 +1,4 @@
-"""`with limiter.hold(...)`, async and sync: each way out of the block, and its heartbeats (P5)."""
+"""`with limiter.hold(...)`, async and sync: how a block ends, and the heartbeats while a block runs (P5)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class WorkError(Exception):
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-async def test_accrued_spend_and_error_policy_decide_the_charge_of_an_async_hold_block(client, limiter, way, expected):
+async def test_the_accrued_spend_and_option_on_error_decide_what_an_async_hold_block_charges(
+    client, limiter, way, expected
+):
     accrued, raises, on_error = way
     try:
         async with limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -53,7 +55,9 @@ async def test_accrued_spend_and_error_policy_decide_the_charge_of_an_async_hold
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-def test_accrued_spend_and_error_policy_decide_the_charge_of_a_sync_hold_block(client, sync_limiter, way, expected):
+def test_the_accrued_spend_and_option_on_error_decide_what_a_sync_hold_block_charges(
+    client, sync_limiter, way, expected
+):
     accrued, raises, on_error = way
     try:
         with sync_limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -115,8 +119,8 @@ async def test_a_block_ends_without_an_error_if_its_accrued_amount_was_committed
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_if_an_operator_has_released_a_hold_a_block_with_the_same_id_commits_its_accrued_spend(client, limiter):
-    """P3: an operator's release does not resolve a hold."""
+async def test_a_block_commits_its_accrued_spend_even_if_an_operator_has_released_the_hold(client, limiter):
+    """P3: after a release by an operator, the cost of a hold can still be committed."""
     await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
     await limiter.release("op_1", operator=True)
     async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
@@ -137,7 +141,7 @@ async def test_a_block_without_an_error_commits_an_amount_for_each_of_its_budget
 
 
 async def test_if_an_error_leaves_a_hold_open_the_accrued_spend_is_charged_at_the_deadline(client, limiter):
-    """docs.rs/eggrd: the charge is never below the reported spend, whatever the policy of the hold."""
+    """docs.rs/eggrd: the charge equals the spend that the block reported before its error."""
     with pytest.raises(WorkError):
         async with limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued", on_error="charge") as hold:
             hold.accrue("0.05")
@@ -174,7 +178,7 @@ async def test_a_failed_settlement_is_raised_unless_the_body_of_the_block_has_ra
 
 @pytest.fixture
 def still_server(clocked_server: ClockedServer) -> ClockedServer:
-    """A server whose clock stands still until the test advances it: a slow machine ends no hold."""
+    """A server whose clock moves only if the test advances it, so that no hold expires on a slow machine."""
     clocked_server.set(clocked_server.now(), frozen=True)
     return clocked_server
 
@@ -246,7 +250,7 @@ async def test_heartbeats_stop_when_their_block_ends(still_server, caplog):
 
 
 async def test_if_the_store_refuses_a_heartbeat_after_the_end_of_its_block_nothing_is_logged(limiter, caplog):
-    """The commit is in the same batch, and settlements come first."""
+    """The commit is in the same batch as the heartbeat, and a batch executes settlements first."""
     hold = await limiter.reserve("agent", "0.15")
     heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
     heartbeat.stop()
@@ -281,7 +285,7 @@ async def test_the_spend_of_200_concurrent_blocks_adds_up(client, limiter):
     assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
-async def test_a_block_opened_by_keep_commits_the_accrued_spend_of_an_existing_hold(client, limiter):
+async def test_the_block_of_limiter_keep_commits_the_accrued_spend_of_an_existing_hold(client, limiter):
     hold = await limiter.reserve("agent", "0.15")
     async with limiter.keep(hold) as kept:
         assert kept is hold

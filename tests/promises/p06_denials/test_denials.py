@@ -32,7 +32,7 @@ async def denied(call) -> BudgetExceeded:
 
 
 def about(seconds: int) -> set[int]:
-    """The seconds or one less, since a frozen clock moves by some milliseconds."""
+    """``seconds``, or one second less, since even a frozen clock advances by some milliseconds."""
     return {seconds - 1, seconds}
 
 
@@ -70,7 +70,7 @@ async def test_retry_after_of_denied_growth_ignores_the_hold_that_should_grow(li
     assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
 
 
-async def test_retry_after_ignores_holds_of_the_denied_budget_if_too_many_other_holds_have_earlier_deadlines(
+async def test_retry_after_ignores_holds_of_the_denied_budget_if_too_many_other_holds_expire_earlier(
     limiter, monkeypatch
 ):
     monkeypatch.setattr(refusals, "HOLDS_SEARCHED", 3)

@@ -81,8 +81,8 @@ async def test_a_replica_that_only_reads_detects_a_data_loss(server, client, lim
     assert status.recovering_until is not None
 
 
-async def test_reads_of_complete_figures_raise_an_error_until_the_recovery_ends(server, client):
-    """A new replica cannot notice the loss itself; the store reports its recovery."""
+async def test_reads_that_require_complete_figures_raise_an_error_until_the_recovery_ends(server, client):
+    """A new replica cannot detect the loss itself, but it reads from the store that a recovery is in progress."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as old:
         await old.record("agent", "4.00")
         client.flushall()

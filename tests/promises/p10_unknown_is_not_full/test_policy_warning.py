@@ -1,4 +1,4 @@
-"""A store that evicts keys may lose a budget, so a limiter logs a warning about its policy (P10)."""
+"""A store that evicts keys may lose a budget, so a limiter logs a warning about the store's eviction policy (P10)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_starting_sync_limiter_logs_one_warning_if_the_store_may_evict_keys(ev
         assert len(warnings(caplog)) == 1
 
 
-async def test_if_a_limiter_starts_with_its_first_call_one_eviction_warning_is_logged(evicting, caplog, monkeypatch):
+async def test_a_limiter_that_starts_with_its_first_call_logs_one_warning_about_eviction(evicting, caplog, monkeypatch):
     monkeypatch.setattr(loss_repair, "PULSE_S", 0.05)
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")

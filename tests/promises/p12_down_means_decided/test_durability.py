@@ -1,4 +1,4 @@
-"""Option ``durability``: a call returns when its writes are on a replica, or on disk."""
+"""Option ``durability``: a call returns only when its writes are on a replica of the store, or on disk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def replica(master, start_server: Callable):
     made.kill()
 
 
-async def test_holds_and_spend_acknowledged_with_durability_replica_are_on_the_replica(master, replica):
+async def test_acknowledged_holds_and_spend_are_on_the_replica_if_durability_is_replica(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         await hold.commit("0.07")
@@ -50,7 +50,7 @@ async def test_holds_and_spend_acknowledged_with_durability_replica_are_on_the_r
             assert sums(client) == {"spent": to_units("0.07"), "held": to_units("0.20"), "unconfirmed": 0, "events": 1}
 
 
-async def test_nothing_is_granted_with_durability_replica_while_the_replica_hangs(master, replica):
+async def test_nothing_is_granted_while_the_replica_hangs_if_durability_is_replica(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         replica.pause()
@@ -85,14 +85,14 @@ async def test_a_replay_fails_until_the_replica_has_confirmed_the_original_reser
         assert (await limiter.reserve("agent", "0.15", id="op_1")).replayed
 
 
-async def test_a_record_with_durability_replica_fails_if_the_master_has_no_replica(master):
+async def test_a_record_fails_if_durability_is_replica_and_the_master_has_no_replica(master):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
         with away(master.url), pytest.raises(StoreUnavailable, match="no replica"):
             await limiter.record("agent", "0.01")
         await until(lambda: limiter.store_state == "open")
 
 
-async def test_spend_acknowledged_with_durability_disk_is_kept_if_the_server_is_killed(start_server: Callable):
+async def test_acknowledged_spend_is_kept_after_the_server_is_killed_if_durability_is_disk(start_server: Callable):
     """The server is killed right after the reply; the spend is in its file."""
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
@@ -113,7 +113,7 @@ async def _spent(limiter: AsyncBudgetLimiter) -> bool:
         return False
 
 
-async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_no_append_only_file(server):
+async def test_a_reservation_is_refused_if_durability_is_disk_and_the_server_has_no_append_only_file(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
         with pytest.raises(StoreError, match="appendonly"):
             await limiter.reserve("agent", "0.15")
@@ -121,7 +121,7 @@ async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_n
             assert sums(client)["held"] == 0
 
 
-async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_no_command_waitaof(
+async def test_a_reservation_is_refused_if_durability_is_disk_and_the_server_lacks_the_waitaof_command(
     start_server: Callable,
 ):
     binary = redis_binary()

@@ -1,4 +1,4 @@
-"""Failures of budgets in production, by report (issue numbers of BerriAI/litellm unless named otherwise).
+"""Failures of budgets in production, and the tests for them. Numbers without a project are issues of BerriAI/litellm.
 
 ==============================  ======================================================================================
 report                          tests
@@ -7,26 +7,26 @@ report                          tests
 #6288                           here: the next call on another replica
 #34732, ai-gateway #680         here: parallel requests
 #28247, #28283, #40095          test_races: first use by eight processes at once
-#27639, PR #30522               test_races: holds of killed processes; here: other traffic
-#27509                          here: the denial separates held from spent; integers
-#30460                          here: a lost reply; chaos/: any request or reply lost
-PR #30039                       here: a timed-out commit
-#33923, #33323                  test_outages: unexpected store errors; here: a hook that raises
-#35524                          metering (prices); here: calls without a budget are refused
+#27639, PR #30522               test_races: holds of killed processes; here: calls of other workers
+#27509                          here: a denial reports held and spent amounts separately; test_amounts: exact sums
+#30460                          here: a lost reply; chaos/: lost requests and lost replies
+PR #30039                       here: a commit that timed out
+#33923, #33323                  test_outages: unexpected store errors; here: an observer that raises an error
+#35524                          metering/: prices; here: a reservation with an unknown budget is refused
 #34733, #36940                  test_midnight: a commit that crosses midnight keeps its window
-#29576, #39726                  test_midnight: hammering past midnight; here: denials extend no expiry
+#29576, #39726                  test_midnight: callers that retry until midnight; here: denials change no expiry time
 #38987                          here: keys expire, also after kill -9
-PR #37558, #13245               test_cancellation: cancellation charges what was used; test_hold_blocks
-#38087, #29937                  here: unknown is not "full"; the gauges belong to the tests of telemetry
+PR #37558, #13245               test_cancellation, test_hold_blocks: a cancelled block commits its accrued spend
+#38087, #29937                  here: reads raise an error during an outage; telemetry/: gauges are absent
 #8867                           test_amounts: exact sums
-litellm-rs                      test_midnight: a late charge counts in the day that admitted it
-docs.rs/eggrd                   test_cancellation, test_hold_blocks: never below the reported spend
+litellm-rs                      test_midnight: a late settlement counts in the day of the reservation
+docs.rs/eggrd                   test_cancellation, test_hold_blocks: the reported spend is charged
 runcycles                       here: commits above the estimate; test_midnight: windows; test_cluster: keys
 PostHog #60838, gateway #248    test_cluster: one slot per tenant; test_outages: unexpected store errors
 PyrateLimiter                   engine/protocol/test_scripts: SCRIPT FLUSH, restart
 envoyproxy/ratelimit #462       test_outages: deadlines
-dataspoke #112                  test_outages: no silent local fallback
-throttled-py, upstash           engine/protocol/test_scripts: the scripts that are shipped run, and expire keys
+dataspoke #112                  test_outages: policy deny admits nothing; no replica has a cap in its own memory
+throttled-py, upstash           engine/protocol/test_scripts: the shipped scripts run and make keys expire
 ==============================  ======================================================================================
 """
 
@@ -52,7 +52,7 @@ BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
 
 @pytest.fixture
 async def far_limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    """A limiter behind the proxy; the server has the scripts."""
+    """A limiter behind the proxy; the server has already loaded the scripts of the limiter."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5) as made:
         await (await made.reserve("agent", "0.01")).release()
         yield made
@@ -215,7 +215,8 @@ async def test_38087_and_29937_reads_raise_an_error_during_an_outage(server, pro
     assert (await far_limiter.status("agent")).remaining == 0
 
 
-async def test_runcycles_a_commit_above_the_estimate_is_recorded_in_full(limiter):
+async def test_a_commit_above_the_estimate_is_recorded_in_full(limiter):
+    """Reported for runcycles."""
     hold = await limiter.reserve("agent", "0.15")
     settlement = await hold.commit("6.00")
     assert (settlement.overrun, settlement.amounts) == (True, {"agent": Decimal("6.00")})
@@ -226,8 +227,8 @@ async def test_runcycles_a_commit_above_the_estimate_is_recorded_in_full(limiter
     assert denied.value.reason == "budget_exhausted"
 
 
-async def test_runcycles_the_next_reservation_can_use_the_amounts_of_expired_holds(server, limiter):
-    """A denial expires due holds, and the next call can use their amounts."""
+async def test_the_next_reservation_can_use_the_amounts_of_expired_holds(server, limiter):
+    """Reported for runcycles."""
     for policy in ("release", "accrued", "release"):
         await limiter.reserve("agent", "1.60", ttl=1, on_expiry=policy)
     with pytest.raises(BudgetExceeded) as denied:

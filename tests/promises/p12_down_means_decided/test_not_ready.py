@@ -1,6 +1,7 @@
-"""Outage policies do not admit while the store is reachable (P12).
+"""Outage policies admit nothing while the store is reachable (P12).
 
-Unsent calls are sent. Calls wait while the store cannot execute them, until their deadline, and are then denied.
+A call that has not been sent yet is sent. If the store cannot execute a call, the call waits until its deadline and is
+then denied.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ BUDGET = Budget("agent", "500.00")
 CENT = to_units("0.01")
 POLICIES = ["deny", "allow", "lease"]
 REPLY_S = 2.0
-"""A timeout in which a store replies, also on a slow machine."""
+"""A timeout within which a store replies even on a slow machine."""
 
 
 @pytest.fixture(params=POLICIES)
 async def replica(server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
-    """A connected limiter of each policy; under ``lease`` it has a kept lease."""
+    """A connected limiter, once for each policy; under ``lease`` it already has a prepaid chunk."""
     options = {"lease_slab": "5.00"} if request.param == "lease" else {}
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=request.param, **options) as made:
         await made.record("agent", "0.01")
@@ -44,7 +45,7 @@ async def replica(server, request: pytest.FixtureRequest) -> AsyncIterator[Async
 
 
 async def denied(call: Callable, *, waits_s: float = 0.0, match: str | None = None) -> None:
-    """Check that a call is denied after a wait, with ``reached`` true."""
+    """Check that a call raises ``StoreUnavailable`` with ``reached`` true, after at least ``waits_s`` seconds."""
     began_s = time.monotonic()
     with pytest.raises(StoreUnavailable, match=match) as refused:
         await call()
@@ -172,7 +173,7 @@ async def test_spend_is_deferred_while_the_store_refuses_writes(server, client):
 
 @pytest.mark.parametrize("count", [1, 50, 500])
 async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_the_stall(replica, client, count):
-    """An earlier version admitted 50 of 50 calls without a check of the cap after a stall of 1.1 s."""
+    """After a stall of 1.1 s, an earlier version admitted 50 of 50 calls without a check of the cap."""
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
         await asyncio.sleep(0)  # each is queued
@@ -185,7 +186,7 @@ async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_the_
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("turns", [2, 4, 7])
 async def test_calls_sent_before_a_stall_of_the_event_loop_are_granted_after_the_stall(replica, connected, turns):
-    """A missing connection or an unread reply is no sign of an outage after a stall."""
+    """After a stall, neither a missing connection nor an unread reply proves an outage."""
     if not connected:
         replica.engine.dispatcher.repair.stop()
         await until(lambda: not replica.engine.dispatcher.background.tasks)
@@ -201,7 +202,7 @@ async def test_calls_sent_before_a_stall_of_the_event_loop_are_granted_after_the
 
 @pytest.mark.parametrize("policy", ["allow", "lease"])
 async def test_nothing_is_admitted_while_the_event_loop_stalls_repeatedly(server, policy):
-    """There is no time for a connection, so it is unknown whether the store is reachable."""
+    """The limiter has no time to open a connection, so it does not know whether the store is reachable."""
     options = {"lease_slab": "5.00"} if policy == "lease" else {}
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy, **options) as limiter:
         await until(lambda: policy == "allow" or limiter.prepaid["agent"])

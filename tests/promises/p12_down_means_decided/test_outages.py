@@ -43,7 +43,7 @@ GRACE_S = 0.8
 
 
 class Outage:
-    """An outage: the server is killed, and started at the end."""
+    """An outage: the server is killed at the beginning and restarted at the end."""
 
     def __init__(self, server) -> None:
         self.server = server
@@ -56,7 +56,7 @@ class Outage:
 
 
 class Hang(Outage):
-    """SIGSTOP: the server accepts connections, and does not reply."""
+    """The server is stopped with SIGSTOP: it accepts connections, but does not reply."""
 
     def begin(self) -> None:
         self.server.pause()
@@ -102,7 +102,7 @@ def stopwatch():
 
 
 async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
-    """Make a call during an outage; return the violation of its deadline or outcome, if any."""
+    """Make a call during an outage. Return what was wrong with its duration or its error, or ``None``."""
     started_s = stopwatch.seconds
     try:
         await call()
@@ -117,7 +117,7 @@ async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
 
 
 async def test_462_every_call_ends_within_its_deadline_during_an_outage(outage, stopwatch):
-    """envoyproxy/ratelimit #462: no waits of ten seconds. Calls are sequential, so that each pays its own wait."""
+    """envoyproxy/ratelimit #462: no call waits ten seconds. Calls are made one after another and timed one by one."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
@@ -223,8 +223,8 @@ async def test_a_call_succeeds_if_the_store_starts_before_the_deadline_of_the_ca
         assert (await reading).budget == "agent"
 
 
-async def test_112_policy_deny_admits_nothing_during_an_outage(outage):
-    """dataspoke #112: with a cap in memory, each replica would admit up to the cap."""
+async def test_112_nothing_is_admitted_during_an_outage_under_policy_deny(outage):
+    """dataspoke #112: if each replica kept a cap in its own memory, each would admit up to the cap."""
     replicas = [AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=0.1) for _ in range(3)]
     for replica in replicas:
         await replica.start()
@@ -372,8 +372,8 @@ async def test_under_policy_allow_a_second_reservation_of_an_id_is_a_replay_or_a
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-async def test_under_policy_allow_a_reservation_arriving_after_the_release_of_the_same_id_is_refused(proxy, deferred):
-    """Policy `allow` admitted the hold, and it was released; then the store refuses the late reservation."""
+async def test_under_policy_allow_a_late_reservation_is_refused_if_its_hold_was_already_released(proxy, deferred):
+    """Policy `allow` admits the hold, and the caller releases it. The reservation reaches the store only after that."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         flow = reserve(limiter.engine.context, "agent", "0.15", "op_1", 900, "charge", "", "")
@@ -428,7 +428,7 @@ async def test_policy_allow_defers_commits_by_id_only_for_holds_of_the_same_repl
 async def test_an_old_settlement_is_not_resent_if_the_store_may_have_executed_the_settlement(
     server, tmp_path_factory, caplog
 ):
-    """Ids expire in the store after a day, and a resend would charge again. Unsent operations have no maximum age."""
+    """After a day the store may have forgotten the id and would charge it twice. Unsent spend has no maximum age."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
         AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
@@ -539,7 +539,7 @@ def not_our_schema(client) -> None:
 async def test_33923_nothing_is_admitted_if_the_store_replies_with_an_unexpected_error(
     start_server: Callable, break_it: Callable, policy: str
 ):
-    """#33323, PostHog #60838, spring-cloud-gateway #248: policy `allow` does not admit either."""
+    """#33323, PostHog #60838, spring-cloud-gateway #248: even policy `allow` admits nothing."""
     broken = start_server()
     with broken.client() as client:
         async with AsyncBudgetLimiter(broken.url, BUDGETS, on_store_error=policy) as limiter:
@@ -556,8 +556,8 @@ async def test_33923_nothing_is_admitted_if_the_store_replies_with_an_unexpected
     broken.kill()
 
 
-async def test_33923_a_window_key_of_a_wrong_type_does_not_affect_the_figures_of_another_budget(server):
-    """Another call in the batch is either refused or granted."""
+async def test_33923_the_figures_of_a_budget_are_right_even_if_the_window_of_another_budget_is_unusable(server):
+    """A call in the same batch may fail; then a second attempt with the same id succeeds."""
     with server.client() as client:
         wrong_type(client)
         async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:

@@ -1,4 +1,4 @@
-"""A NAT that has dropped its state discards packets silently: no call fails, or waits until its deadline.
+"""A NAT that has lost its state discards packets silently; even then, no call fails or waits until its deadline.
 
 litellm PR #31577, redis-py #722.
 """
@@ -28,12 +28,12 @@ BUDGETS = [Budget("agent", "100.00"), Budget("cycles", 10_000, unit="cycles")]
 BURST = 300
 TIMEOUT_S = 4.0
 LATEST_S = TIMEOUT_S * 0.75
-"""Long after the reply to a second attempt, and before the deadline of a call."""
+"""A call that is resent gets its reply long before this time; a call that waits until its deadline ends later."""
 
 
 @pytest.fixture(params=["connections", "client"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How batches are sent: over connections of our own, or by redis-py's client."""
+    """How batches are sent: over the package's own connections, or through the client of redis-py."""
     if request.param == "client":
         monkeypatch.setattr(resp, "Reader", None)
     return str(request.param)
@@ -53,7 +53,7 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
 
 async def burst(limiter: AsyncBudgetLimiter) -> float:
-    """Reserve many times at once, all granted and none replayed; return the seconds that it took; then commit them."""
+    """Reserve many holds at once, then commit all of them; return how many seconds the reservations took."""
     with Stopwatch() as took:
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.10") for _ in range(BURST)])
     assert not any(hold.replayed for hold in holds)

@@ -1,4 +1,4 @@
-"""Calls by id after a data loss: an id is unknown only once the store has recovered."""
+"""Calls by id after a data loss: ``UnknownHold`` is raised only after the recovery of the store has ended."""
 
 from __future__ import annotations
 
@@ -80,10 +80,8 @@ async def test_a_commit_by_a_new_replica_is_refused_until_the_lost_hold_has_been
                 await new.commit("op_2", "0.07")
 
 
-async def test_if_a_loss_occurs_between_reading_and_committing_a_hold_the_commit_waits_for_the_replay(
-    limiter, silent, client
-):
-    """The commit is sent with the windows that it has read, and the store has no such hold."""
+async def test_a_commit_by_id_waits_for_the_replay_if_the_hold_is_lost_after_it_was_read(limiter, silent, client):
+    """The commit by id first reads the hold; when the commit itself arrives, the store no longer has the hold."""
     await silent.reserve("agent", "0.15", id="op_1")
     flow = settle_by_id(limiter.engine.context, "op_1", "0.07")
     reply = await limiter.engine.dispatcher.background.read(flow.send(None))
@@ -100,7 +98,7 @@ async def test_if_a_loss_occurs_between_reading_and_committing_a_hold_the_commit
     assert (await sent).units == (70_000_000,)
 
 
-async def test_an_id_without_a_hold_is_unknown_once_the_store_has_recovered(limiter, client):
+async def test_a_commit_of_an_id_without_a_hold_raises_unknown_hold_after_the_recovery(limiter, client):
     await limiter.record("agent", "0.01")
     client.flushall()
     with pytest.raises(UnknownHold):

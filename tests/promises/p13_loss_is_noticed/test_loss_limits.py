@@ -1,4 +1,4 @@
-"""Run-time limits after a data loss: a replica that has set or read a limit restores it."""
+"""After a data loss, a limit set at run time is restored by each replica that has set or read the limit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def denied(limiter: AsyncBudgetLimiter, amount: str) -> str:
     return str(refused.value.denial.limit)
 
 
-async def test_p1_a_run_time_limit_applies_again_after_a_loss(replicas, client, caplog):
+async def test_p1_a_limit_set_at_run_time_applies_again_after_a_loss(replicas, client, caplog):
     limiter, other = replicas
     await limiter.set_limit("agent", "1.00")
     client.flushall()

@@ -91,7 +91,7 @@ async def test_flushall_under_load_is_detected_once(server, limiter):
 
 
 async def test_a_restored_snapshot_with_fewer_writes_is_detected_as_a_data_loss(start_server: Callable, caplog):
-    """Its epoch is the same, as with a restored backup or a failover to a lagging replica."""
+    """The epoch of the store is unchanged, as after a failover to a lagging replica."""
     server = start_server()
     async with (
         AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter,
@@ -129,7 +129,7 @@ async def test_after_a_loss_the_commit_of_a_lost_hold_counts_once(server, limite
 
 
 async def test_a_restored_snapshot_with_the_same_number_of_writes_is_detected_as_a_data_loss(start_server: Callable):
-    """Each first write into an empty store sets a new epoch."""
+    """The epoch differs, because the first write into an empty store sets a new epoch."""
     server = start_server()
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
         for _ in range(5):

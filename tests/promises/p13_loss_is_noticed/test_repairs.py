@@ -40,7 +40,7 @@ async def figures(limiter: AsyncBudgetLimiter, budget: str = "agent") -> tuple[D
 
 
 async def repaired(limiter: AsyncBudgetLimiter, expected: tuple[str, str, str]) -> None:
-    """Wait until the figures are those before the data loss; then the audit passes."""
+    """Wait until the figures are as expected, then check that the audit finds no error."""
     wanted = tuple(map(Decimal, expected))
 
     async def as_expected() -> bool:
@@ -191,7 +191,7 @@ async def test_two_data_losses_in_a_row_are_repaired(limiter, client):
 
 
 async def test_a_new_replica_can_reserve_before_an_older_replica_detects_the_loss(server, limiter, client):
-    """A known limit: the new replica cannot detect the loss. The next request of the old one corrects the spend."""
+    """The new replica cannot detect the loss: a known limit. The older replica's next request corrects the spend."""
     await limiter.record("agent", "4.00")
     client.flushall()
     async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
@@ -202,7 +202,7 @@ async def test_a_new_replica_can_reserve_before_an_older_replica_detects_the_los
 
 
 def subtotals(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
-    """The stored spend of budget agent by replica."""
+    """The spend of the budget ``agent`` in the store, by replica."""
     [window] = client.keys(limiter.keys.window("agent", "*"))
     stored = client.hgetall(window).items()
     return {name[2:]: Decimal(units) / 10**9 for name, units in stored if name.startswith("r:") and units != "0"}
@@ -211,7 +211,7 @@ def subtotals(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
 @pytest.mark.parametrize("absent", ["the first to settle", "the second to settle"])
 @pytest.mark.parametrize("call", ["record", "commit"])
 async def test_a_settlement_in_the_journals_of_two_replicas_counts_once(server, client, tmp_path_factory, absent, call):
-    """The settlement counts in the subtotal of the replica that settled first, in either order of the replays."""
+    """The settlement counts for the replica that settled first, whichever replica replays first."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS) as remote,
@@ -260,10 +260,8 @@ async def test_if_a_second_replica_repeats_a_lost_settlement_the_spend_counts_fo
         assert subtotals(near, client) == {near.replica_id: Decimal("1.00")}
 
 
-async def test_a_settlement_dropped_from_one_journal_but_replayed_from_another_journal_counts_once(
-    server, client, monkeypatch
-):
-    """The first replica replays a subtotal that includes ids beyond its journal."""
+async def test_a_settlement_dropped_from_one_of_two_journals_counts_once_after_a_loss(server, client, monkeypatch):
+    """The subtotal that the first replica replays includes settlements that its journal no longer lists."""
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as busy, AsyncBudgetLimiter(server.url, BUDGETS) as other:
         await busy.record("agent", "1.00", id="op_1")
@@ -276,7 +274,7 @@ async def test_a_settlement_dropped_from_one_journal_but_replayed_from_another_j
         await repaired(busy, ("1.08", "0", "0"))
 
 
-async def test_a_replica_replays_a_settlement_of_a_closed_replica_if_both_replicas_sent_the_settlement(
+async def test_a_settlement_of_a_closed_replica_is_replayed_by_a_replica_that_repeated_the_settlement(
     other, server, client
 ):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as dying:
@@ -292,7 +290,7 @@ async def test_a_replica_replays_a_settlement_of_a_closed_replica_if_both_replic
 async def test_after_a_data_loss_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(
     server, client, tmp_path_factory
 ):
-    """The second attempt of the commit was a replay of the first, by the same replica."""
+    """The reply to the first attempt was lost; the reply to the second attempt was a replay."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS, timeout=10) as limiter,
@@ -306,8 +304,8 @@ async def test_after_a_data_loss_a_commit_with_a_lost_reply_is_replayed_before_t
         assert (await limiter.status("agent")).recovering_until, "nothing was granted yet"
 
 
-async def test_if_the_reply_to_a_lost_commit_is_read_after_the_repair_the_commit_is_still_restored(limiter, client):
-    """The store acknowledged the commit before the loss, but the repair replayed the hold as open."""
+async def test_a_lost_commit_is_restored_even_if_its_reply_is_read_only_after_the_repair(limiter, client):
+    """The store acknowledged the commit, but the replica had not read the reply and replayed the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
@@ -325,8 +323,8 @@ async def test_if_the_reply_to_a_lost_commit_is_read_after_the_repair_the_commit
     assert limiter.losses == 1
 
 
-async def test_if_a_call_is_repeated_after_a_loss_and_both_replies_arrive_the_spend_counts_once(limiter, client):
-    """The first attempt reached a master that died; its reply arrives after the second attempt at the next master."""
+async def test_a_record_repeated_after_a_loss_counts_once_even_if_both_replies_arrive(limiter, client):
+    """The reply of the lost store to the first attempt is read only after the second attempt has succeeded."""
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
     deliver, dispatcher.deliver = dispatcher.deliver, lambda *arguments: late.append(arguments)
@@ -365,7 +363,7 @@ async def test_each_batch_of_a_repair_prolongs_the_recovery(limiter, client, mon
 async def test_a_replica_removes_a_hold_from_its_journal_after_another_replica_has_settled_the_hold(
     server, client, monkeypatch
 ):
-    """Otherwise a loss would reopen it once the settlement has left the journal of the other replica."""
+    """Otherwise a loss would reopen the hold after the other replica's journal has dropped the settlement."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as granter, AsyncBudgetLimiter(server.url, BUDGETS) as settler:
         for hold_id in ("spent", "released", "open"):
             await granter.reserve("agent", "0.15", id=hold_id)
@@ -573,8 +571,10 @@ async def test_a_replica_replays_commits_of_a_budget_that_only_another_replica_h
 # -- limits of repaired windows ----------------------------------------------------------------------------------------
 
 
-async def test_p1_after_a_repair_a_replica_without_the_budget_still_applies_the_stored_limit(server, limiter, client):
-    """The limit applies to growth by a replica without that budget."""
+async def test_p1_after_a_repair_the_stored_limit_applies_to_growth_by_a_replica_without_the_budget(
+    server, limiter, client
+):
+    """That replica has no configured limit for the budget, so the limit in the window decides."""
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.flushall()
     await until(lambda: limiter.losses == 1 and not limiter.engine.dispatcher.repair.active)

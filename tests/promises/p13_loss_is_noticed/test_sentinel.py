@@ -37,21 +37,21 @@ def _steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelGroup]
 
 @pytest.fixture
 def steady(_steady: SentinelGroup) -> SentinelGroup:
-    """An empty group with a user and both passwords, shared by the tests that do not change its master."""
+    """An empty group, shared by the tests that do not change its master; servers and sentinels require a password."""
     _steady.master.client.flushall()
     return _steady
 
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[SentinelGroup]:
-    """A group for one test: after a failover, sentinels need ten seconds to accept the old master as a replica."""
+    """A new group for each test: sentinels accept the old master as a replica only ten seconds after a failover."""
     with SentinelGroup(valkey_binary(), tmp_path, **SECRETS) as made:
         yield made
 
 
 @pytest.fixture(params=[kind for kind, binary in BINARIES.items() if binary])
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SentinelGroup]:
-    """A group for one test, on each kind of server."""
+    """A new group for each test; the test runs once with each kind of server."""
     with SentinelGroup(BINARIES[request.param], tmp_path, **SECRETS) as made:
         yield made
 
@@ -130,7 +130,7 @@ async def test_after_a_manual_failover_a_limiter_uses_the_new_master_before_the_
 
 
 async def test_if_a_node_replies_readonly_the_limiter_discovers_the_master_again(steady):
-    """The master is demoted without Sentinel: a call retries until there is a master, or until its deadline."""
+    """The test demotes the master without Sentinel. A call retries until there is a master, or until its deadline."""
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
         master, other = steady.master, steady.replicas[0]

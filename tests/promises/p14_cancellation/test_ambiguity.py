@@ -47,7 +47,7 @@ async def is_ready(limiter: AsyncBudgetLimiter, budget: str) -> bool:
 
 
 async def lose(proxy: Proxy, call, fate: str = "reply") -> None:
-    """Make a call without a reply; with fate ``request`` it is not executed either."""
+    """Make a call that gets no reply. With fate ``request`` the store does not receive the call at all."""
     proxy.lose_all(fate)
     with pytest.raises(StoreUnavailable) as unavailable:
         await call
@@ -55,7 +55,7 @@ async def lose(proxy: Proxy, call, fate: str = "reply") -> None:
 
 
 async def cancel_in_flight(proxy: Proxy, limiter: AsyncBudgetLimiter, fate: str) -> None:
-    """Cancel a reservation of the id ``mine`` that gets no reply: its outcome is unknown."""
+    """Reserve the id ``mine`` without a reply and cancel the caller, so that the outcome stays unknown."""
     set_timeout(limiter, 1.0)
     proxy.lose_all(fate)
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
@@ -73,7 +73,7 @@ def stop_replays(limiter: AsyncBudgetLimiter) -> None:
 
 
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
-    """End the outage, and compare the outcomes of the resolved requests."""
+    """End the outage, wait until every request is resolved, and check the number of each outcome."""
     proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     assert {name: count for name, count in limiter.resolved.items() if count} == outcomes
@@ -121,7 +121,7 @@ async def test_at_the_end_of_a_block_a_commit_with_unknown_outcome_is_resent(pro
 
 
 async def test_at_the_end_of_a_block_a_failed_commit_is_resent(server, client):
-    """The failure was not ambiguous; the end of the block is another attempt."""
+    """The commit was not sent, so its failure was not ambiguous; the block commits again at its end."""
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         async with limiter.hold("agent", "0.15") as hold:
             breaker = limiter.engine.dispatcher.breaker
@@ -167,7 +167,7 @@ async def test_a_reservation_with_unknown_outcome_is_released_if_the_limiter_gen
 
 
 async def test_a_reservation_is_not_granted_if_the_release_of_its_id_arrives_first(server, client):
-    """The release arrives first, and closes the id."""
+    """The release closes the id, so the store refuses the reservation."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         await limiter.record("agent", 0)
         context = limiter.engine.context
@@ -252,7 +252,7 @@ async def test_a_late_request_of_a_cancelled_caller_is_refused_but_a_new_request
 
 @pytest.mark.parametrize("settles", ["commit", "record"])
 async def test_spend_is_recorded_although_a_cancelled_request_had_the_same_id(proxy, limiter, other, client, settles):
-    """For example a hold granted and spent offline (policy `allow`): the id is closed for that request only."""
+    """Policy `allow` may have granted the hold during an outage. The id is closed only for the cancelled request."""
     window = limiter.engine.state.current_window("agent")
     release = release_unreceived("mine", limiter.keys.hold("mine"), [window], "a-request")
     for _ in range(2):
@@ -273,8 +273,8 @@ async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     return reply
 
 
-async def test_no_replica_can_reserve_an_id_that_was_released_before_any_grant(limiter, other, client):
-    """Only a release of one cancelled request leaves the id free."""
+async def test_an_id_that_was_released_before_any_grant_cannot_be_reserved_by_any_replica(limiter, other, client):
+    """The release of a cancelled request differs: the id stays free for other requests."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()
     await until(lambda: limiter.unresolved == 0)
@@ -377,7 +377,7 @@ def test_a_full_outbox_drops_the_oldest_request(monkeypatch):
 
 
 async def test_a_commit_older_than_the_maximum_age_is_not_resent(proxy, limiter, client, monkeypatch, caplog):
-    """The id may have expired in the store, which would charge it again."""
+    """The store may have forgotten the id, and would then charge the commit a second time."""
     from ktrdr_budget.engine.batching import replay
 
     hold = await limiter.reserve("agent", "0.15")
@@ -396,7 +396,7 @@ async def test_the_number_of_unknown_outcomes_is_logged_when_the_limiter_closes(
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_spend_adds_up_in_random_histories_with_lost_requests_and_replies(proxy, client, seed):
-    """Acknowledged and unknown spend counts exactly once, and no grant is lost."""
+    """Spend counts exactly once, whether it was acknowledged or its outcome was unknown; no hold is lost."""
     choice = random.Random(seed)
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.06) as limiter:
         await until(lambda: is_ready(limiter, "team"))

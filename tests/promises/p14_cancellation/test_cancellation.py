@@ -43,7 +43,7 @@ async def in_flight(client, call, held: str) -> asyncio.Task:
 
 
 async def figures_become(client, **expected: str) -> None:
-    """Wait for these figures."""
+    """Wait until the figures in the store have these values."""
     wanted = {name: to_units(amount) for name, amount in expected.items()}
     await until(lambda: sums(client).items() >= wanted.items())
 
@@ -100,7 +100,7 @@ async def test_a_grant_is_released_if_its_caller_is_cancelled_as_the_reply_arriv
 
 
 async def test_a_grant_with_a_lost_reply_is_released_if_its_caller_is_cancelled(client, proxy, limiter):
-    """The reply to the second attempt is a replay for the same caller."""
+    """The limiter sends the request again; the second reply is a replay of the grant."""
     run = proxy.scripts_run
     proxy.lose_replies = 1
     proxy.hold_replies()
@@ -112,7 +112,7 @@ async def test_a_grant_with_a_lost_reply_is_released_if_its_caller_is_cancelled(
 
 
 async def test_a_grant_that_arrives_after_the_deadline_is_released_only_if_the_limiter_generated_the_id(client, proxy):
-    """#27639: no caller has the generated id."""
+    """#27639: a caller never receives the generated id, so no caller could settle the hold."""
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=0.2) as limiter:
         proxy.hold_replies()
         calls = limiter.reserve("agent", "0.15"), limiter.reserve("agent", "0.10", id="named")
@@ -238,8 +238,8 @@ async def test_a_commit_by_id_is_recorded_if_its_caller_is_cancelled_while_the_h
     await figures_become(client, held="0", spent="0.07")
 
 
-async def test_pr_37558_spend_is_recorded_although_its_caller_is_cancelled(client, proxy, limiter):
-    """#13245: spend is a fact, also without a caller for the reply."""
+async def test_pr_37558_spend_is_recorded_even_if_the_caller_of_record_is_cancelled(client, proxy, limiter):
+    """#13245: spend is a fact, even if no caller waits for the reply."""
     proxy.hold_replies()
     blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
     record = asyncio.create_task(limiter.record("agent", "0.02", id="op_1"))

@@ -106,7 +106,7 @@ limiter.close()
 
 
 def test_after_a_forked_child_exits_the_parent_can_still_record_spend(server, client):
-    """Both share one epoll instance: the collection of an inherited connection must not remove the parent's."""
+    """The two share one epoll instance: garbage collection in the child must not remove the parent's socket."""
     words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -222,7 +222,7 @@ def test_an_async_limiter_can_be_created_outside_of_an_event_loop(server):
 
 
 def test_a_sync_limiter_works_inside_an_event_loop(server):
-    """It blocks that loop, like any synchronous call, and does its work in its own loop."""
+    """A call blocks that event loop, like any synchronous call; the limiter works in a separate event loop."""
     with BudgetLimiter(server.url, BUDGETS) as limiter:
 
         async def use() -> Decimal:
@@ -244,7 +244,7 @@ def test_a_closed_limiter_refuses_calls(server):
 
 
 def test_a_call_is_refused_if_another_thread_closes_the_limiter_at_the_same_time(server):
-    """The call is queued after the end of the event loop, which would never execute it."""
+    """The call is queued after the event loop of the limiter has ended, so the loop would never execute the call."""
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.record("agent", "0.01")
     portal = limiter.engine.runner.portal

@@ -1,4 +1,4 @@
-"""Ownership of a call: in each turn of the event loop its caller or the limiter completes it (P14)."""
+"""In each turn of the event loop, either the caller or the limiter is responsible for completing a call (P14)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TURNS_MAX = 2000
 
 
 async def load_scripts(limiter: AsyncBudgetLimiter) -> None:
-    """Load the scripts into the server, without a key."""
+    """Load the scripts into the server without writing a key."""
     with pytest.raises(BudgetExceeded):
         await limiter.reserve("agent", "501.00")
 
@@ -62,7 +62,7 @@ CALLS = {
     "block": lambda limiter, hold: work_in_block(limiter, hold, "release"),
     "block that reports": lambda limiter, hold: work_in_block(limiter, hold, "charge"),
 }
-"""Each reports or commits a cent, of a hold of two."""
+"""Each call commits, records or reports one cent; each hold has two cents."""
 
 
 async def reserved(limiter: AsyncBudgetLimiter, number: int) -> AsyncHold:
@@ -70,13 +70,13 @@ async def reserved(limiter: AsyncBudgetLimiter, number: int) -> AsyncHold:
 
 
 async def stored_amount(limiter: AsyncBudgetLimiter, call: str, number: int) -> Decimal:
-    """The amount of the call in the store."""
+    """The amount that the call has written to the store."""
     view = await limiter.get(f"record:hold:{number}" if call == "record" else f"hold:{number}")
     return (view.accrued if "report" in call else view.charged)["agent"]
 
 
 async def judge(client, limiter: AsyncBudgetLimiter, call: str, outcomes: list[Any]) -> None:
-    """Check that each call was executed once, also without a caller for its outcome."""
+    """Check that each call was executed once, even if its caller was cancelled."""
     begun = range(1, len(outcomes))  # a task cancelled before its first turn has made no call
     await until(lambda: not limiter.unresolved)
     if "report" not in call:
@@ -99,10 +99,10 @@ async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_while_the_breaker_is_open_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(
+async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_while_the_breaker_is_open(
     own_server, call
 ):
-    """The request is never sent, and its failure may arrive in the turn in which its caller is cancelled."""
+    """The request is never sent; its failure may arrive in the same turn as the cancellation of its caller."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         holds = [await reserved(limiter, number) for number in range(100)]
         own_server.kill()
@@ -178,10 +178,10 @@ async def cancelled_in_flight(call: Coroutine[Any, Any, Any], sent: Callable[[],
         await task
 
 
-async def test_a_cancelled_caller_leaves_open_the_hold_that_another_replica_made_with_the_same_id(
+async def test_a_cancelled_reservation_does_not_release_the_hold_of_another_replica_with_the_same_id(
     client, proxy, limiter, other
 ):
-    """The cancelled request arrives second; its reply is a replay of the grant to the other replica."""
+    """The cancelled request arrives after the request of the other replica, so its reply is a replay."""
     proxy.freeze()
     seen = proxy.scripts_run
     call = limiter.reserve("agent", "0.15", id="op_1")
@@ -199,7 +199,7 @@ async def test_a_cancelled_caller_leaves_open_the_hold_that_another_replica_made
 async def released_for_its_caller(
     client: redis.Redis, proxy: Proxy, limiter: AsyncBudgetLimiter, other: AsyncBudgetLimiter, amount: str
 ) -> AsyncHold:
-    """Reserve and release ``op_1`` for a cancelled caller; return the replayed hold of ``other``."""
+    """Reserve ``op_1``, cancel the caller, replay ``op_1`` on ``other``, await the release, and return the replay."""
     proxy.hold_replies()
     call = limiter.reserve("agent", amount, id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units(amount))
@@ -268,7 +268,7 @@ async def test_a_worker_can_commit_a_released_hold_although_a_new_reservation_of
 async def test_a_repair_does_not_reopen_a_hold_that_was_released_because_a_caller_was_cancelled(
     client, proxy, limiter, other
 ):
-    """The other replica replays the hold as open, after the first one has replayed the release."""
+    """The first replica replays the release; after that, the other replica replays the hold as open."""
     other.engine.dispatcher.repair.stop()
     hold = await released_for_its_caller(client, proxy, limiter, other, "0.15")
     client.flushall()
@@ -296,7 +296,7 @@ async def test_a_late_copy_of_a_request_is_not_granted_if_the_hold_was_released(
     assert sums(client)["held"] == 0
 
 
-async def test_a_resent_request_is_no_replay_but_a_second_request_with_the_same_id_is_a_replay(
+async def test_a_resent_request_is_not_marked_as_replayed_but_a_second_request_with_the_same_id_is(
     client, proxy, limiter, other
 ):
     proxy.lose_replies = 1
@@ -324,7 +324,7 @@ def accrued(client, hold_id: str) -> int:
     return int(client.get(f"ktrdr:{{default}}:h:{hold_id}").partition("|")[2].split(",")[4] or 0)
 
 
-async def test_accrued_spend_is_reported_although_a_cancel_scope_cancels_each_await(server, client):
+async def test_accrued_spend_is_reported_although_a_cancel_scope_cancels_the_caller_at_each_await(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         with anyio.CancelScope() as scope:
             options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
@@ -409,7 +409,7 @@ async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client,
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-def test_accrued_spend_is_committed_after_the_outage_if_ctrl_c_ends_the_block_during_the_outage(own_server):
+def test_the_accrued_spend_of_a_block_ended_by_ctrl_c_during_an_outage_is_committed_afterwards(own_server):
     with BudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.07")

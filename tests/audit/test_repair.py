@@ -178,7 +178,7 @@ def test_a_missing_window_is_rebuilt_from_its_ledger(server, client, auditor, li
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_after_the_repair_of_a_missing_window_its_holds_can_be_settled(server, client, auditor):
+def test_the_holds_of_a_missing_window_can_be_settled_after_the_repair(server, client, auditor):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         holds = [limiter.reserve("agent", "0.10") for _ in range(3)]
         limiter.record("agent", "0.02")
@@ -250,9 +250,7 @@ def test_a_repair_leaves_the_overrun_counter_unchanged(client, auditor, limiter)
 # -- holds and their indexes -------------------------------------------------------------------------------------------
 
 
-def test_if_the_index_lacks_an_open_hold_a_repair_adds_the_hold_and_its_money_stays_held(
-    server, client, auditor, limiter
-):
+def test_a_repair_adds_an_open_hold_that_the_index_lacks_and_its_money_stays_held(server, client, auditor, limiter):
     fill(limiter)
     right = figures(limiter)
     before = client.zrange(DUE, 0, -1, withscores=True)
@@ -273,7 +271,7 @@ def test_a_wrong_deadline_in_the_index_is_corrected_from_the_record_of_the_hold(
     assert client.zrange(DUE, 0, -1, withscores=True) == before
 
 
-def test_if_the_index_lacks_an_unconfirmed_hold_a_repair_adds_the_hold_again(client, auditor, limiter):
+def test_a_repair_adds_an_unconfirmed_hold_that_the_index_lacks(client, auditor, limiter):
     fill(limiter)
     before = client.zscore(UNCONFIRMED, "late")
     client.zrem(UNCONFIRMED, "late")
@@ -300,7 +298,7 @@ def test_a_repair_removes_index_entries_without_a_matching_hold(server, client, 
     assert auditor.repair().index_changes == []
 
 
-def test_if_a_hold_has_lost_its_record_a_repair_subtracts_its_amount_from_the_held_amount(
+def test_a_repair_subtracts_the_amount_of_a_hold_from_the_held_amount_if_the_hold_has_lost_its_record(
     server, client, auditor, limiter
 ):
     """The worker can no longer commit the hold, so it records its spend instead."""

@@ -40,7 +40,7 @@ class Call:
     windows: dict[str, str] = field(default_factory=dict)
     ambiguous: bool = True
     stalls_ns: list[tuple[int, int]] = field(default_factory=list)
-    """Begin and end of each stall of its process during the call."""
+    """Begin and end of each stall of the caller's process during the call."""
 
     @property
     def acknowledged(self) -> bool:
@@ -97,7 +97,7 @@ def read(directory: Path) -> list[Call]:
 
 
 def _attach_stalls(calls: Iterable[Call], stalls: list[tuple[int, int]]) -> None:
-    """Set the stalls of each call; those of one process are sorted and do not overlap."""
+    """Set the stalls of each call of one process; the given stalls are sorted and do not overlap."""
     begins = [begin for begin, _ in stalls]
     for call in calls:
         if call.ended_ns is not None:

@@ -229,7 +229,7 @@ def test_the_lateness_of_a_call_does_not_include_stalls_of_the_process(tmp_path:
 
 
 class DrawnCase(Case):
-    """Also two holds that replica 1 drew from a chunk of 40 in an outage; one is open when its limiter is closed."""
+    """``Case``, and two holds that replica 1 drew from a chunk of 40 in an outage; one hold is never settled."""
 
     def __init__(self, charged: int) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def service() -> Iterator[FakeService]:
 
 @pytest.fixture
 def environment(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of the command: the emulated service, without variables of the developer."""
+    """Environment variables of the command: the URL of the emulated service, and no setting of a developer."""
     for name in list(os.environ):
         if name.startswith(("KTRDR_", "AGENT_", "_KTRDR")) or name in ("NO_COLOR", "PYTHONIOENCODING"):
             monkeypatch.delenv(name)

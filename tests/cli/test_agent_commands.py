@@ -44,12 +44,14 @@ def lines_of(ktrdr: Run, service: FakeService, *options: str, **changes: Any) ->
 # --- The form -------------------------------------------------------------------------------------
 
 
-def test_agent_budget_prints_the_documented_form(ktrdr: Run) -> None:
+def test_the_agent_budget_command_prints_the_documented_form(ktrdr: Run) -> None:
     result = ktrdr("agent", "budget")
     assert (result.exit_code, result.stdout, result.stderr) == (0, FORM, "")
 
 
-def test_agent_budget_shows_held_and_unconfirmed_amounts_on_separate_lines(ktrdr: Run, service: FakeService) -> None:
+def test_the_agent_budget_command_shows_held_and_unconfirmed_amounts_on_separate_lines(
+    ktrdr: Run, service: FakeService
+) -> None:
     lines = lines_of(ktrdr, service, held=0.15, unconfirmed=0.3, remaining=4.4, cycles_affordable=29)
     assert lines[4:] == [
         "Today's Spend: $0.15",
@@ -60,17 +62,21 @@ def test_agent_budget_shows_held_and_unconfirmed_amounts_on_separate_lines(ktrdr
     ]
 
 
-def test_agent_budget_shows_when_cycles_can_start_again_after_a_data_loss(ktrdr: Run, service: FakeService) -> None:
+def test_the_agent_budget_command_shows_when_cycles_can_start_again_after_a_data_loss(
+    ktrdr: Run, service: FakeService
+) -> None:
     last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
     assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 
 
-def test_agent_budget_has_exit_code_0_for_an_exhausted_budget(ktrdr: Run, service: FakeService) -> None:
+def test_the_agent_budget_command_has_exit_code_0_for_an_exhausted_budget(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, today_spend=5.0, remaining=0.0, cycles_affordable=0)
     assert lines[4:] == ["Today's Spend: $5.00", "Remaining: $0.00", "Cycles Affordable: ~0"]
 
 
-def test_agent_budget_shows_unlimited_for_a_budget_without_a_limit(ktrdr: Run, service: FakeService) -> None:
+def test_the_agent_budget_command_shows_unlimited_for_a_budget_without_a_limit(
+    ktrdr: Run, service: FakeService
+) -> None:
     lines = lines_of(ktrdr, service, daily_limit=None, remaining=None, cycles_affordable=None)
     assert lines[3:] == [
         "Daily Limit: unlimited",
@@ -89,7 +95,7 @@ def test_agent_budget_shows_unlimited_for_a_budget_without_a_limit(ktrdr: Run, s
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_agent_budget_rounds_amounts_to_two_decimals(
+def test_the_agent_budget_command_rounds_amounts_to_two_decimals(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
     assert shown == [f"Today's Spend: ${spend:.2f}", f"Remaining: ${remaining:.2f}"]
@@ -129,7 +135,7 @@ def shown_on(terminal: OpenTerminal, *words: str, **size: int) -> str:
     return opened.text
 
 
-def test_agent_budget_adds_a_bar_on_a_terminal(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_agent_budget_command_adds_a_bar_on_a_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     service.answer(CALL, {**STATUS, "today_spend": 2.5, "unconfirmed": 0.5, "held": 0.5, "remaining": 1.5})
     text = shown_on(terminal)
     assert text.startswith(FORM[:70])
@@ -145,7 +151,7 @@ def test_the_bar_is_yellow_at_90_percent_and_red_above_100_percent(
     assert shown_on(terminal).endswith(f"[\x1b[31m{'█' * 30}\x1b[0m] 120% used\n")
 
 
-def test_if_the_variable_no_color_is_set_the_bar_has_no_colour(
+def test_the_bar_has_no_colour_if_the_variable_no_color_is_set(
     terminal: OpenTerminal, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("NO_COLOR", "1")
@@ -159,14 +165,16 @@ def test_an_empty_variable_no_color_has_no_effect(terminal: OpenTerminal, enviro
     assert "\x1b[32m" in shown_on(terminal)
 
 
-def test_on_a_terminal_without_unicode_the_bar_has_ascii_characters(
+def test_the_bar_has_ascii_characters_on_a_terminal_without_unicode(
     terminal: OpenTerminal, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("PYTHONIOENCODING", "ascii")
     assert shown_on(terminal).endswith("[\x1b[32m#\x1b[0m.............................] 3% used\n")
 
 
-def test_agent_budget_prints_no_bar_on_a_dumb_terminal(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_the_agent_budget_command_prints_no_bar_on_a_dumb_terminal(
+    terminal: OpenTerminal, environment: pytest.MonkeyPatch
+) -> None:
     environment.setenv("TERM", "dumb")
     assert shown_on(terminal) == FORM
 
@@ -218,7 +226,9 @@ def spending(service: FakeService) -> None:
     service.answer(CALL, answer)
 
 
-def test_watch_redraws_the_figures_in_place_until_ctrl_c(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_option_watch_redraws_the_figures_in_place_until_ctrl_c(
+    terminal: OpenTerminal, service: FakeService
+) -> None:
     spending(service)
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     text = opened.read_until(lambda text: "$0.18" in text)
@@ -231,14 +241,14 @@ def test_watch_redraws_the_figures_in_place_until_ctrl_c(terminal: OpenTerminal,
     assert opened.text.endswith("\n")
 
 
-def test_watch_on_a_narrow_terminal_clears_the_screen(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_option_watch_clears_the_screen_of_a_narrow_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1", columns=20)
     opened.read_until(lambda text: "\x1b[2J\x1b[H" in text)
     opened.type("\x03")
     assert opened.wait() == 0
 
 
-def test_watch_shows_unknown_instead_of_old_figures_during_an_outage(
+def test_the_option_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     terminal: OpenTerminal, service: FakeService
 ) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
@@ -255,7 +265,7 @@ def test_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     assert opened.wait() == 0
 
 
-def test_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_option_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     opened.read_until(lambda text: "Remaining: $4.85" in text)
     service.answer(CALL, *reversed(problem(401, "Unauthorized", "a key is needed")))
@@ -263,7 +273,7 @@ def test_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: Fak
     assert "ktrdr: a key is needed" in opened.text
 
 
-def test_watch_fails_at_once_if_the_service_is_unreachable(ktrdr: Run) -> None:
+def test_the_option_watch_fails_at_once_if_the_service_is_unreachable(ktrdr: Run) -> None:
     result = ktrdr("--api-url", "http://127.0.0.1:1", "agent", "budget", "--watch")
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
@@ -283,7 +293,7 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str, int]:
 
 
 @pytest.mark.usefixtures("environment")
-def test_in_a_pipe_the_options_watch_and_json_write_one_line_per_refresh(service: FakeService) -> None:
+def test_the_options_watch_and_json_write_one_line_per_refresh_into_a_pipe(service: FakeService) -> None:
     spending(service)
     process = watching("--json")
     assert process.stdout is not None
@@ -294,7 +304,7 @@ def test_in_a_pipe_the_options_watch_and_json_write_one_line_per_refresh(service
 
 
 @pytest.mark.usefixtures("environment")
-def test_in_a_pipe_the_option_watch_prints_the_text_form_at_each_refresh(service: FakeService) -> None:
+def test_the_option_watch_writes_the_text_form_into_a_pipe_at_each_refresh(service: FakeService) -> None:
     process = watching()
     wait_until(lambda: len(service.requests) >= 4)
     out, err, code = end(process)
@@ -304,7 +314,7 @@ def test_in_a_pipe_the_option_watch_prints_the_text_form_at_each_refresh(service
 
 
 @pytest.mark.usefixtures("environment")
-def test_in_a_pipe_the_option_watch_reports_an_outage_on_stderr(service: FakeService) -> None:
+def test_the_option_watch_reports_an_outage_on_stderr_if_stdout_is_a_pipe(service: FakeService) -> None:
     process = watching("--json")
     assert process.stdout is not None
     assert process.stderr is not None
@@ -318,7 +328,7 @@ def test_in_a_pipe_the_option_watch_reports_an_outage_on_stderr(service: FakeSer
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_ends_if_the_reader_closes_the_pipe(service: FakeService) -> None:
+def test_the_option_watch_ends_if_the_reader_closes_the_pipe(service: FakeService) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
         command("agent", "budget", "--watch", "--interval", "0.1"), stdout=writer, stderr=subprocess.PIPE, text=True

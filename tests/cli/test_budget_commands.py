@@ -360,7 +360,7 @@ def test_json_output_of_a_single_page_is_the_reply_of_the_service(ktrdr: Run, se
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_if_the_service_sends_the_same_page_twice_the_command_fails(
+def test_the_command_fails_if_the_service_sends_the_same_page_twice(
     ktrdr: Run, service: FakeService, options: tuple[str, ...]
 ) -> None:
     for cursor in ("", "&cursor=1-0"):

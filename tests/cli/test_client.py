@@ -337,7 +337,7 @@ def test_a_service_that_does_not_reply_in_time_is_reported_as_unreachable(ktrdr:
 
 
 @pytest.mark.parametrize("words", [("reserve", "agent", "1"), ("record", "agent", "1")])
-def test_if_no_reply_arrives_the_error_names_the_id_for_a_safe_retry(
+def test_the_error_names_the_id_for_a_safe_retry_if_no_reply_arrives(
     ktrdr: Run, silent: FakeService, words: tuple[str, ...]
 ) -> None:
     line = failed(ktrdr("budget", *words), 4)
@@ -345,7 +345,7 @@ def test_if_no_reply_arrives_the_error_names_the_id_for_a_safe_retry(
     assert line.endswith(f"; the request may have taken effect: repeating the request with --id {sent} is safe")
 
 
-def test_if_no_reply_to_a_settlement_arrives_the_error_says_that_a_retry_is_safe(
+def test_the_error_says_that_a_retry_is_safe_if_no_reply_to_a_settlement_arrives(
     ktrdr: Run, silent: FakeService
 ) -> None:
     assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith(
@@ -353,7 +353,7 @@ def test_if_no_reply_to_a_settlement_arrives_the_error_says_that_a_retry_is_safe
     )
 
 
-def test_in_a_store_outage_the_error_names_the_id_for_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
+def test_the_error_names_the_id_for_a_safe_retry_in_an_outage_of_the_store(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", *reversed(problem(503, "Store unavailable", "the store is down")))
     line = failed(ktrdr("budget", "reserve", "agent", "1", "--id", "op_1"), 4)
     assert (

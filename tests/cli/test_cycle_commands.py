@@ -73,7 +73,9 @@ DOWN = {
 # --- trigger --------------------------------------------------------------------------------------
 
 
-def test_trigger_prints_the_reply_of_the_service_if_a_cycle_starts(ktrdr: Run, service: FakeService) -> None:
+def test_the_trigger_command_prints_the_reply_of_the_service_if_a_cycle_starts(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer(TRIGGER, STARTED, 202)
     for words in ((), ("--json",)):
         result = ktrdr("agent", "trigger", *words)
@@ -82,7 +84,7 @@ def test_trigger_prints_the_reply_of_the_service_if_a_cycle_starts(ktrdr: Run, s
         assert result.stdout.count("\n") == 1
 
 
-def test_each_trigger_without_a_given_id_sends_a_new_id(ktrdr: Run, service: FakeService) -> None:
+def test_the_trigger_command_sends_a_new_id_each_time_if_no_id_is_given(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     ktrdr("agent", "trigger")
     ktrdr("agent", "trigger")
@@ -94,7 +96,7 @@ def test_each_trigger_without_a_given_id_sends_a_new_id(ktrdr: Run, service: Fak
     assert all(list(request.body) == ["operation_id"] for request in service.requests)
 
 
-def test_trigger_sends_its_options_unchanged(ktrdr: Run, service: FakeService) -> None:
+def test_the_trigger_command_sends_its_options_unchanged(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     options = ("--brief", "Follow trends.", "--model", "haiku", "--bypass-gates")
     assert ktrdr("agent", "trigger", "--id", "op_1", *options).exit_code == 0
@@ -105,7 +107,7 @@ def test_trigger_sends_its_options_unchanged(ktrdr: Run, service: FakeService) -
     ]
 
 
-def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+def test_an_unknown_option_of_the_trigger_command_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
     result = ktrdr("agent", "trigger", "--symbol", "AAPL")
     assert (result.exit_code, service.requests) == (2, [])
     assert "No such option" in result.stderr
@@ -146,7 +148,7 @@ def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: Fake
         ),
     ],
 )
-def test_trigger_prints_the_reply_of_the_service_if_no_cycle_starts(
+def test_the_trigger_command_prints_the_reply_of_the_service_if_no_cycle_starts(
     ktrdr: Run, service: FakeService, status: int, document: dict[str, Any], code: int, line: str
 ) -> None:
     service.answer(TRIGGER, document, status)
@@ -157,7 +159,7 @@ def test_trigger_prints_the_reply_of_the_service_if_no_cycle_starts(
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 1), (404, 1), (409, 1), (422, 2), (500, 1), (503, 4)])
-def test_trigger_reports_an_error_other_than_a_denial_in_one_line(
+def test_the_trigger_command_reports_an_error_other_than_a_denial_in_one_line(
     ktrdr: Run, service: FakeService, status: int, code: int
 ) -> None:
     service.answer(TRIGGER, *reversed(problem(status, "Title", "what is wrong")))
@@ -167,7 +169,7 @@ def test_trigger_reports_an_error_other_than_a_denial_in_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_if_the_reply_to_trigger_is_lost_the_error_names_the_id_for_a_safe_retry(
+def test_the_error_names_the_id_for_a_safe_retry_if_the_reply_to_the_trigger_command_is_lost(
     ktrdr: Run, service: FakeService
 ) -> None:
     service.answer(TRIGGER, b"HTTP/1.1 202 Accepted\r\nContent-Length: 99\r\n\r\n{")
@@ -194,7 +196,7 @@ def test_an_invalid_id_is_a_usage_error(ktrdr: Run, service: FakeService, id: st
 # --- status ---------------------------------------------------------------------------------------
 
 
-def test_status_prints_idle_if_no_cycle_has_ever_run(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_prints_idle_if_no_cycle_has_ever_run(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status())
     result = ktrdr("agent", "status")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -208,7 +210,9 @@ def test_status_prints_idle_if_no_cycle_has_ever_run(ktrdr: Run, service: FakeSe
     )
 
 
-def test_status_shows_unlimited_if_budget_and_capacity_have_no_limit(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_shows_unlimited_if_budget_and_capacity_have_no_limit(
+    ktrdr: Run, service: FakeService
+) -> None:
     unlimited = {
         "budget": {"remaining": None, "daily_limit": None},
         "capacity": {"active": 1, "free": None, "limit": None},
@@ -217,19 +221,21 @@ def test_status_shows_unlimited_if_budget_and_capacity_have_no_limit(ktrdr: Run,
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unlimited", "Capacity: unlimited, 1 running"]
 
 
-def test_status_shows_unknown_if_budget_and_capacity_are_null(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_shows_unknown_if_budget_and_capacity_are_null(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, {**agent_status(), "budget": None, "capacity": None})
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
 
 
-def test_status_omits_budget_and_capacity_if_an_older_service_sends_neither(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_omits_budget_and_capacity_if_an_older_service_sends_neither(
+    ktrdr: Run, service: FakeService
+) -> None:
     status = agent_status()
     del status["budget"], status["capacity"]
     service.answer(STATUS, status)
     assert ktrdr("agent", "status").stdout.splitlines()[2:] == ["Status: idle", "Last Cycle: none"]
 
 
-def test_status_shows_the_details_of_a_running_cycle(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_shows_the_details_of_a_running_cycle(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status(cycle(**TRAINED), last=cycle(**COMPLETED, operation_id="op_0")))
     assert ktrdr("agent", "status").stdout == (
         "Agent Status\n"
@@ -251,7 +257,7 @@ def test_status_shows_the_details_of_a_running_cycle(ktrdr: Run, service: FakeSe
     )
 
 
-def test_status_shows_a_separate_block_for_each_running_cycle(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_shows_a_separate_block_for_each_running_cycle(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status(cycle(status="cancelling"), cycle(operation_id="op_2", **DESIGNED)))
     blocks = ktrdr("agent", "status").stdout.split("\n\n")
     assert len(blocks) == 4
@@ -282,20 +288,20 @@ def test_status_shows_a_separate_block_for_each_running_cycle(ktrdr: Run, servic
         ),
     ],
 )
-def test_status_shows_how_the_last_cycle_ended(
+def test_the_status_command_shows_how_the_last_cycle_ended(
     ktrdr: Run, service: FakeService, changes: dict[str, Any], shown: str
 ) -> None:
     service.answer(STATUS, agent_status(last=cycle(**changes)))
     assert ktrdr("agent", "status").stdout.splitlines()[-1] == f"Last Cycle: op_1 {shown}"
 
 
-def test_status_with_json_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_the_status_command_with_json_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     reply = {**agent_status(cycle()), "something_new": 1}
     service.answer(STATUS, reply)
     assert json.loads(ktrdr("agent", "status", "--json").stdout) == reply
 
 
-def test_status_with_watch_shows_each_change_of_a_cycle(
+def test_the_status_command_with_watch_shows_each_change_of_a_cycle(
     terminal: Callable[..., Terminal], service: FakeService
 ) -> None:
     service.answer(STATUS, agent_status(cycle()))

@@ -132,7 +132,7 @@ def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-def test_if_a_worker_is_killed_a_different_replica_reports_the_cycle_as_failed(
+def test_a_different_replica_reports_a_cycle_as_failed_if_the_worker_of_the_cycle_is_killed(
     server: Server, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     settings = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": "3600", "AGENT_CYCLE_TTL": "2"}

@@ -55,7 +55,9 @@ def goes(service: FakeService, *steps: dict[str, Any] | tuple[int, dict[str, Any
 # --- Without a terminal ---------------------------------------------------------------------------
 
 
-def test_trigger_with_wait_prints_one_line_for_each_step_of_a_cycle(ktrdr: Run, service: FakeService) -> None:
+def test_the_trigger_command_with_wait_prints_one_line_for_each_step_of_a_cycle(
+    ktrdr: Run, service: FakeService
+) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     result = ktrdr(*WAIT)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -95,7 +97,7 @@ def test_all_steps_are_printed_if_a_cycle_ends_before_the_first_poll(ktrdr: Run,
         ),
     ],
 )
-def test_trigger_with_wait_has_exit_code_1_if_the_cycle_fails_or_is_cancelled(
+def test_the_trigger_command_with_wait_has_exit_code_1_if_the_cycle_fails_or_is_cancelled(
     ktrdr: Run, service: FakeService, changes: dict[str, Any], end: str
 ) -> None:
     goes(service, cycle(), cycle(**changes))
@@ -105,7 +107,7 @@ def test_trigger_with_wait_has_exit_code_1_if_the_cycle_fails_or_is_cancelled(
     assert result.stderr == f"ktrdr: op_1 {end}\n"
 
 
-def test_trigger_with_wait_and_json_prints_the_reply_and_then_the_cycle_at_each_step(
+def test_the_trigger_command_with_wait_and_json_prints_the_reply_and_then_the_cycle_at_each_step(
     ktrdr: Run, service: FakeService
 ) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
@@ -115,7 +117,7 @@ def test_trigger_with_wait_and_json_prints_the_reply_and_then_the_cycle_at_each_
     assert documents == [STARTED, cycle(), cycle(**DESIGNED), cycle(**TRAINED), cycle(**COMPLETED)]
 
 
-def test_if_the_status_shows_a_different_cycle_the_awaited_cycle_is_found_in_the_list_of_cycles(
+def test_the_awaited_cycle_is_found_in_the_list_of_cycles_if_the_status_shows_a_different_cycle(
     ktrdr: Run, service: FakeService
 ) -> None:
     goes(service, cycle())
@@ -195,7 +197,7 @@ def test_a_failed_phase_is_marked_on_a_terminal(terminal: OpenTerminal, service:
     assert "ktrdr: op_1 failed after 2.0 s, $0.0312 (gate_failed: accuracy 0.05 < 0.1)\n" in opened.text
 
 
-def test_on_a_terminal_without_unicode_the_phases_have_ascii_marks(
+def test_the_phases_have_ascii_marks_on_a_terminal_without_unicode(
     terminal: OpenTerminal, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("PYTHONIOENCODING", "ascii")
@@ -241,7 +243,7 @@ def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[s
         process.kill()
 
 
-def test_without_a_terminal_an_interrupt_ends_the_wait_with_a_one_line_message(
+def test_an_interrupt_ends_the_wait_with_a_one_line_message_if_there_is_no_terminal(
     waiting: subprocess.Popen[str], service: FakeService
 ) -> None:
     wait_until(lambda: len(service.requests) >= 3)

@@ -71,13 +71,13 @@ def test_a_given_page_size_is_sent_when_all_pages_are_requested(serve: Serve) ->
     assert service.queries[0]["limit"] == 5
 
 
-def test_if_the_service_sends_the_same_page_twice_an_error_is_raised(serve: Serve) -> None:
+def test_an_error_is_raised_if_the_service_sends_the_same_page_twice(serve: Serve) -> None:
     serve(page(1, cursor="c"), page(2, cursor="c"))
     with pytest.raises(CommandError, match="the service at http://service sent the same page twice"):
         listed()
 
 
-def test_after_a_trim_of_the_ledger_a_repeated_cursor_is_not_an_error(serve: Serve) -> None:
+def test_a_repeated_cursor_is_not_an_error_after_a_trim_of_the_ledger(serve: Serve) -> None:
     serve(page(1, cursor="c"), page(2, cursor="c", trimmed=True), page(3))
     assert listed() == [1, 2, 3]
 
@@ -114,6 +114,6 @@ def test_all_pages_are_printed_as_one_json_document(
     assert json.loads(shown(capsys, everything=True, as_json=True)) == page(*items)
 
 
-def test_if_one_page_is_trimmed_the_whole_json_document_is_marked_as_trimmed(serve: Serve, capsys: Capture) -> None:
+def test_the_whole_json_document_is_marked_as_trimmed_if_one_page_is_marked(serve: Serve, capsys: Capture) -> None:
     serve(page(1, cursor="c", trimmed=False), page(2, cursor="d", trimmed=True), page(3, trimmed=False))
     assert json.loads(shown(capsys, everything=True, as_json=True)) == page(1, 2, 3, trimmed=True)

@@ -18,7 +18,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def test_prices_show_lists_each_price_of_a_model(ktrdr: Run) -> None:
+def test_the_prices_show_command_lists_each_price_of_a_model(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "gemini-2.5-pro")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[:2] == ["Model:   google/gemini-2.5-pro", "Prices:  genai-prices/0.2.3"]
@@ -34,7 +34,7 @@ def test_prices_show_lists_each_price_of_a_model(ktrdr: Run) -> None:
     ]
 
 
-def test_prices_show_with_token_counts_prints_each_part_of_the_cost_and_the_reserved_amount(ktrdr: Run) -> None:
+def test_the_prices_show_command_with_token_counts_prints_the_cost_parts_and_the_reserved_amount(ktrdr: Run) -> None:
     counts = ("--input", "1000", "--output", "200", "--cached", "300", "--cache-write", "100")
     result = ktrdr("prices", "show", "claude-sonnet-4-5-20250929", *counts)
     assert result.stdout.splitlines() == [
@@ -61,7 +61,7 @@ def test_the_option_tier_selects_the_prices_of_a_service_tier(ktrdr: Run) -> Non
     assert flex.endswith(": $0.00225\n")  # a full flex tier falls back to the standard tier
 
 
-def test_prices_show_with_json_prints_prices_and_costs_as_decimal_strings(ktrdr: Run) -> None:
+def test_the_prices_show_command_with_json_prints_prices_and_costs_as_decimal_strings(ktrdr: Run) -> None:
     document = json.loads(ktrdr("prices", "show", "gemini-2.5-pro", "--input", "200001", "--json").stdout)
     assert document["prices"][0] == {
         "part": "input",
@@ -83,13 +83,13 @@ def test_prices_show_with_json_prints_prices_and_costs_as_decimal_strings(ktrdr:
     assert "total" not in json.loads(ktrdr("prices", "show", "gemini-2.5-pro", "--json").stdout)
 
 
-def test_prices_show_prints_the_price_of_the_offline_model(ktrdr: Run) -> None:
+def test_the_prices_show_command_prints_the_price_of_the_offline_model(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "ktrdr-scripted-1", "--input", "1000", "--output", "100")
     assert result.stdout.splitlines()[:2] == ["Model:   scripted/ktrdr-scripted-1", "Prices:  configured"]
     assert rows(result.stdout)[-3] == ["total", "$0.0225"]
 
 
-def test_prices_show_prints_a_configured_price_or_a_configured_fixed_cost(
+def test_the_prices_show_command_prints_a_configured_price_or_a_configured_fixed_cost(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "prices.toml"
@@ -110,7 +110,7 @@ def test_prices_show_prints_a_configured_price_or_a_configured_fixed_cost(
     assert rows(ktrdr("prices", "show", "nonsense", "--output", "5").stdout)[-3][-1] == "$0.02"
 
 
-def test_prices_show_finds_the_provider_of_a_model_from_a_configured_name_prefix(
+def test_the_prices_show_command_finds_the_provider_of_a_model_from_a_configured_name_prefix(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "prices.toml"
@@ -162,7 +162,7 @@ def test_a_missing_price_file_is_reported_in_one_line(
     assert result.stderr.startswith("ktrdr: KTRDR_PRICES_FILE: cannot read prices from")
 
 
-def test_if_the_price_list_is_not_installed_the_error_names_the_package_to_install(
+def test_the_error_names_the_package_to_install_if_the_price_list_is_not_installed(
     ktrdr: Run, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setitem(sys.modules, "genai_prices", None)

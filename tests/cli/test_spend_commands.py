@@ -159,7 +159,7 @@ def test_a_denial_is_reported_in_one_line_with_exit_code_3(ktrdr: Run, service: 
     assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h\n"
 
 
-def test_with_the_option_json_the_figures_of_a_denial_are_printed_on_stdout(ktrdr: Run, service: FakeService) -> None:
+def test_the_figures_of_a_denial_are_printed_on_stdout_with_the_option_json(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     result = ktrdr("budget", "reserve", "agent", "0.15", "--json")
     assert result.exit_code == 3
@@ -243,7 +243,7 @@ def test_a_negative_amount_is_reported_as_an_invalid_amount_not_as_an_unknown_op
     )
 
 
-def test_an_unknown_option_of_record_is_a_usage_error(ktrdr: Run) -> None:
+def test_an_unknown_option_of_the_record_command_is_a_usage_error(ktrdr: Run) -> None:
     result = ktrdr("budget", "record", "agent", "0.15", "-x", "--operation", "-5")
     assert (result.exit_code, result.stderr) == (
         2,

@@ -50,7 +50,9 @@ def corrupt(store: Server, field: str, by: int) -> None:
         client.hincrby(window_key(store, "agent"), field, by)
 
 
-def test_verify_has_exit_code_0_and_prints_one_line_per_window_if_all_windows_add_up(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_prints_one_line_per_window_and_exits_with_0_if_all_windows_add_up(
+    ktrdr: Run, store: Server
+) -> None:
     day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -60,7 +62,7 @@ def test_verify_has_exit_code_0_and_prints_one_line_per_window_if_all_windows_ad
     ]
 
 
-def test_verify_names_an_unreadable_window_and_checks_the_other_windows(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_names_an_unreadable_window_and_checks_the_other_windows(ktrdr: Run, store: Server) -> None:
     with store.client() as client:
         key = window_key(store, "agent")
         client.delete(key)
@@ -79,7 +81,7 @@ def test_verify_names_an_unreadable_window_and_checks_the_other_windows(ktrdr: R
 
 
 @pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
-def test_verify_has_exit_code_1_and_names_the_window_if_a_window_does_not_add_up(
+def test_the_verify_command_names_a_window_that_does_not_add_up_and_exits_with_1(
     ktrdr: Run, store: Server, field: str, by: int
 ) -> None:
     corrupt(store, field, by)
@@ -91,7 +93,7 @@ def test_verify_has_exit_code_1_and_names_the_window_if_a_window_does_not_add_up
     assert " agent " in lines["DOES NOT ADD UP"]
 
 
-def test_verify_with_json_prints_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_with_json_prints_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["adds_up"]) == (0, True)
@@ -110,7 +112,7 @@ def test_verify_with_json_prints_the_sums_of_each_window(ktrdr: Run, store: Serv
     }
 
 
-def test_verify_with_json_marks_each_window_that_does_not_add_up(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_with_json_marks_each_window_that_does_not_add_up(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 1)
     result = ktrdr("budget", "verify", "--json")
     assert result.exit_code == 1
@@ -120,7 +122,7 @@ def test_verify_with_json_marks_each_window_that_does_not_add_up(ktrdr: Run, sto
     assert "0.090000001" in {window["spent"] for window in document["windows"]}
 
 
-def test_verify_has_exit_code_0_if_a_window_is_inconclusive(
+def test_the_verify_command_has_exit_code_0_if_a_window_is_inconclusive(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
@@ -130,7 +132,7 @@ def test_verify_has_exit_code_0_if_a_window_is_inconclusive(
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
 
 
-def test_verify_reads_only_the_windows_of_the_configured_tenant(
+def test_the_verify_command_reads_only_the_windows_of_the_configured_tenant(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     corrupt(store, "spent", 1)
@@ -154,14 +156,16 @@ def running(data_dir: Path) -> Iterator[embedded.EmbeddedServer]:
         yield server
 
 
-def test_verify_reads_a_running_embedded_server(ktrdr: Run, running: embedded.EmbeddedServer) -> None:
+def test_the_verify_command_reads_a_running_embedded_server(ktrdr: Run, running: embedded.EmbeddedServer) -> None:
     spend(running.url)
     result = ktrdr("budget", "verify")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\nok ") == 2
 
 
-def test_verify_fails_and_starts_no_server_if_no_embedded_server_is_running(ktrdr: Run, data_dir: Path) -> None:
+def test_the_verify_command_fails_and_starts_no_server_if_no_embedded_server_is_running(
+    ktrdr: Run, data_dir: Path
+) -> None:
     result = ktrdr("budget", "verify")
     assert result.exit_code == 4
     assert result.stderr == (
@@ -185,7 +189,7 @@ def test_verify_fails_and_starts_no_server_if_no_embedded_server_is_running(ktrd
         ("redis://:hunter2@127.0.0.1/?socket_timeout=soon", 2),
     ],
 )
-def test_verify_prints_one_line_without_the_password_if_the_store_cannot_be_read(
+def test_the_verify_command_prints_one_line_without_the_password_if_the_store_cannot_be_read(
     ktrdr: Run, environment: pytest.MonkeyPatch, url: str, exit_code: int
 ) -> None:
     environment.setenv("KTRDR_REDIS_URL", url)
@@ -196,7 +200,7 @@ def test_verify_prints_one_line_without_the_password_if_the_store_cannot_be_read
     assert "hunter2" not in result.stderr
 
 
-def test_verify_reports_a_missing_password_of_the_store_in_one_line(
+def test_the_verify_command_reports_a_missing_password_of_the_store_in_one_line(
     ktrdr: Run, start_server: Callable[..., Server], environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server(None)
@@ -217,7 +221,7 @@ def test_an_invalid_tenant_is_a_usage_error(ktrdr: Run, environment: pytest.Monk
 # --- Repair ---------------------------------------------------------------------------------------
 
 
-def test_verify_with_repair_lists_the_changes_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_with_repair_lists_the_changes_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 10_000_000)
     corrupt(store, "events", 2)
     day = public(window_key(store, "agent").rpartition(":")[2])
@@ -231,12 +235,14 @@ def test_verify_with_repair_lists_the_changes_and_has_exit_code_0(ktrdr: Run, st
     assert ktrdr("budget", "verify").exit_code == 0
 
 
-def test_verify_with_repair_prints_a_message_if_nothing_has_changed(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_with_repair_prints_a_message_if_nothing_has_changed(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--repair")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Nothing to repair in 2 windows.\n", "")
 
 
-def test_verify_with_repair_and_json_prints_each_changed_counter_and_index_entry(ktrdr: Run, store: Server) -> None:
+def test_the_verify_command_with_repair_and_json_prints_each_changed_counter_and_index_entry(
+    ktrdr: Run, store: Server
+) -> None:
     corrupt(store, "held", -150_000_000)
     with store.client() as client:
         client.zadd("ktrdr:{default}:due", {"ghost": 9e12})
@@ -250,7 +256,7 @@ def test_verify_with_repair_and_json_prints_each_changed_counter_and_index_entry
     assert {window["held"] for window in document["windows"]} == {"0.15", 10}
 
 
-def test_verify_with_repair_has_exit_code_1_if_a_window_remains_inconclusive(
+def test_the_verify_command_with_repair_has_exit_code_1_if_a_window_remains_inconclusive(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
@@ -259,7 +265,7 @@ def test_verify_with_repair_has_exit_code_1_if_a_window_remains_inconclusive(
     assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 1 windows do not add up or are inconclusive\n")
 
 
-def test_repair_cannot_be_combined_with_watch(ktrdr: Run, store: Server) -> None:
+def test_the_options_repair_and_watch_cannot_be_combined(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--repair", "--watch")
     assert (result.exit_code, result.stdout) == (2, "")
 
@@ -296,7 +302,7 @@ def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_verify_with_watch_has_exit_code_0_if_all_checks_passed(
+def test_the_verify_command_with_watch_has_exit_code_0_if_all_checks_passed(
     watching: Callable[..., subprocess.Popen[str]], number: signal.Signals
 ) -> None:
     process = watching()
@@ -307,7 +313,7 @@ def test_verify_with_watch_has_exit_code_0_if_all_checks_passed(
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_verify_with_watch_reports_each_change_once_and_has_exit_code_1_if_a_check_failed(
+def test_the_verify_command_with_watch_reports_each_change_once_and_exits_with_1_if_a_check_failed(
     watching: Callable[..., subprocess.Popen[str]], store: Server
 ) -> None:
     process = watching()
@@ -326,7 +332,9 @@ def test_verify_with_watch_reports_each_change_once_and_has_exit_code_1_if_a_che
     assert (process.returncode, stderr) == (1, "ktrdr: 1 windows did not add up\n")
 
 
-def test_verify_with_watch_and_json_writes_one_line_per_check(watching: Callable[..., subprocess.Popen[str]]) -> None:
+def test_the_verify_command_with_watch_and_json_writes_one_line_per_check(
+    watching: Callable[..., subprocess.Popen[str]],
+) -> None:
     process = watching("--json")
     documents = [json.loads(read_until(process, "adds_up")[-1]) for _ in range(2)]
     assert [len(document["windows"]) for document in documents] == [2, 2]
@@ -336,7 +344,7 @@ def test_verify_with_watch_and_json_writes_one_line_per_check(watching: Callable
     assert process.returncode == 0
 
 
-def test_verify_with_watch_continues_after_an_outage_of_the_store(
+def test_the_verify_command_with_watch_continues_after_an_outage_of_the_store(
     start_server: Callable[..., Server],
     watching: Callable[..., subprocess.Popen[str]],
     environment: pytest.MonkeyPatch,

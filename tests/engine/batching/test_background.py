@@ -97,7 +97,7 @@ def test_a_reply_is_used_if_the_store_still_has_the_same_epoch():
 
 
 @pytest.mark.parametrize("head", ["other 0 0", "- 0 0"], ids=["another epoch", "an empty store"])
-def test_if_a_reply_has_a_different_epoch_the_read_fails_and_the_store_is_probed_for_a_data_loss(head):
+def test_a_read_fails_and_a_probe_for_a_data_loss_is_sent_if_the_reply_has_a_different_epoch(head):
     made = background()
     suspicions: list[str] = []
     checked(made, [f"{NOW_US} epoch 0 0"])

@@ -72,7 +72,7 @@ async def test_the_first_call_of_an_outage_takes_its_whole_deadline_and_later_ca
 
 
 @OUTAGES
-async def test_in_an_outage_concurrent_calls_do_not_wait_for_each_other(own_server, begin, end):
+async def test_concurrent_calls_do_not_wait_for_each_other_in_an_outage(own_server, begin, end):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         begin(own_server)
@@ -85,7 +85,7 @@ async def test_in_an_outage_concurrent_calls_do_not_wait_for_each_other(own_serv
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_while_the_breaker_is_open_one_probe_is_sent_at_a_time_and_calls_send_nothing(proxy):
+async def test_calls_send_nothing_and_one_probe_at_a_time_is_sent_while_the_breaker_is_open(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -140,7 +140,7 @@ async def test_probes_do_not_change_the_figures_of_a_budget(own_server):
         assert limiter.losses == 0
 
 
-async def test_while_the_breaker_is_open_policy_allow_admits_calls_at_once_and_defers_settlements(own_server):
+async def test_policy_allow_admits_calls_at_once_and_defers_settlements_while_the_breaker_is_open(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()

@@ -30,8 +30,8 @@ async def hanging(server):
         assert (await patient).state == "recorded"
 
 
-async def test_if_a_batch_with_a_later_deadline_is_in_flight_a_waiting_call_still_ends_by_its_own_deadline(hanging):
-    """The second request of a call (after a denial, say) has less time left than a first request."""
+async def test_a_waiting_call_ends_by_its_own_deadline_even_if_a_batch_with_a_later_deadline_is_in_flight(hanging):
+    """For example, the second request of a call, after a denial, has less time left than the request of a new call."""
     hanging.engine.dispatcher.timeout_s = 0.2
     began = time.monotonic()
     with pytest.raises(StoreUnavailable) as ended, Stopwatch() as took:

@@ -119,7 +119,7 @@ def test_stopping_the_heartbeats_cancels_the_next_heartbeat(dispatcher, hold):
 
 
 @pytest.mark.parametrize("error", [HoldConflict("settled"), StoreUnavailable("no reply")])
-def test_if_a_heartbeat_fails_after_the_heartbeats_were_stopped_nothing_is_logged(dispatcher, hold, caplog, error):
+def test_nothing_is_logged_if_a_heartbeat_fails_after_the_heartbeats_were_stopped(dispatcher, hold, caplog, error):
     """The hold may have been settled before the heartbeat arrived."""
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()

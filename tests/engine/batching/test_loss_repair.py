@@ -119,7 +119,7 @@ async def test_a_replay_starts_again_if_the_store_reports_a_further_loss(batches
     assert replica.repair.total.settlements == 1
 
 
-async def test_if_a_new_loss_is_detected_during_a_repair_the_repair_is_repeated():
+async def test_a_repair_is_repeated_if_a_new_loss_is_detected_during_the_repair():
     replica = Replica(*REPLIES, *REPLIES)
     replica.loses_again = True
     assert (await replica.repaired()).sent == [*WHOLE, *WHOLE]
@@ -132,14 +132,14 @@ async def test_one_repair_runs_at_a_time():
     assert (await replica.repaired()).sent == WHOLE
 
 
-async def test_if_a_replay_gets_no_reply_the_error_is_reported_and_the_whole_journal_is_sent_again():
+async def test_the_error_is_reported_and_the_whole_journal_is_sent_again_if_a_replay_gets_no_reply():
     error = StoreUnavailable("no reply")
     replica = await Replica(error, *REPLIES).repaired()
     assert replica.sent == [LIMITS_AND_SETTLEMENTS, *WHOLE]
     assert replica.waits[0] is error
 
 
-async def test_if_one_operation_is_refused_the_other_operations_are_still_replayed(caplog):
+async def test_the_other_operations_are_still_replayed_if_one_operation_is_refused(caplog):
     refused = StoreError("WRONGTYPE")
     replica = await Replica(refused, [Restored(True)], refused, *REPLIES[1:]).repaired()
     assert replica.sent[1:3] == [[each] for each in LIMITS_AND_SETTLEMENTS]
@@ -152,7 +152,7 @@ async def test_an_unreadable_key_is_logged_and_the_repair_continues(caplog):
     assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
 
 
-async def test_if_a_window_is_missing_during_a_slot_migration_the_replay_is_repeated_later(caplog):
+async def test_a_replay_is_repeated_later_if_a_window_is_missing_during_a_slot_migration(caplog):
     missing = [AGAIN, MissingWindow("tokens:now")], *REPLIES[1:]
     replica = Replica(*missing, *missing)
     replica.background.bind(asyncio.get_running_loop())
@@ -167,7 +167,7 @@ async def test_if_a_window_is_missing_during_a_slot_migration_the_replay_is_repe
     assert replica.timers[1][0] == 2.0, "still missing: later"
 
 
-async def test_after_a_loss_one_error_says_how_many_settlements_the_journal_had_dropped(caplog):
+async def test_one_error_after_a_loss_says_how_many_settlements_the_journal_had_dropped(caplog):
     replica = Replica(*REPLIES, *REPLIES)
     replica.state.losses, replica.state.journal.forgotten_settlements = 1, 5
     await replica.repaired()

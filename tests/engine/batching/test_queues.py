@@ -84,7 +84,7 @@ def test_each_kind_of_call_gets_a_minimum_share_of_a_full_batch(waiting, batch):
     assert taken(queues(**waiting).take(16, 1000)) == batch
 
 
-def test_if_calls_touch_many_windows_each_kind_of_call_still_gets_a_share_of_each_batch():
+def test_each_kind_of_call_gets_a_share_of_each_batch_even_if_calls_touch_many_windows():
     made = Queues()
     for kind in "NER" * 10:
         made.put(call(kind, windows=100))

@@ -114,7 +114,7 @@ class Replica:
     ("request_", "kinds"),
     [(commit(), ["settlement"]), (RECORD, ["settlement"]), (reservation(), ["look up"]), (heartbeat(7), [])],
 )
-def test_after_a_lost_reply_settlements_and_reservations_are_queued_but_heartbeats_are_not(request_, kinds):
+def test_settlements_and_reservations_are_queued_after_a_lost_reply_but_heartbeats_are_not(request_, kinds):
     """A heartbeat is not queued, because the next heartbeat sends the same totals or larger ones."""
     replica = Replica()
     replica.replayer.resolve_later(request_)
@@ -134,7 +134,7 @@ def test_after_a_lost_reply_settlements_and_reservations_are_queued_but_heartbea
         (Command(None, [], []), True, []),
     ],
 )
-def test_if_the_caller_is_gone_reports_of_spend_and_releases_of_possible_grants_are_queued(request_, executed, kinds):
+def test_reports_of_spend_and_releases_of_possible_grants_are_queued_if_the_caller_is_gone(request_, executed, kinds):
     replica = Replica()
     replica.replayer.take_over(request_, maybe_executed=executed)
     assert replica.kinds == kinds
@@ -292,7 +292,7 @@ async def test_a_request_without_a_reply_stays_queued_with_the_time_of_its_first
     assert (entry.maybe_executed_us is not None) is maybe_executed
 
 
-async def test_if_one_request_is_refused_the_other_requests_are_still_sent():
+async def test_the_other_requests_are_still_sent_if_one_request_is_refused():
     refused = StoreError("WRONGTYPE")
     replica = Replica(refused, refused, [Settled((7,))]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     await replica.drain()
@@ -323,7 +323,7 @@ async def test_the_outbox_is_sent_at_once_when_the_store_replies_again():
     assert len(replica.outbox) == 0
 
 
-async def test_while_the_store_is_unreachable_the_outbox_is_sent_again_at_growing_intervals():
+async def test_the_outbox_is_sent_again_at_growing_intervals_while_the_store_is_unreachable():
     replica = Replica(*[NOT_SENT] * 6, [Settled((7,))]).add(commit(), "deferred")
     timers: list[tuple[float, Callable[[], None]]] = []
     loop = SimpleNamespace(

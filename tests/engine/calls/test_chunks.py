@@ -57,7 +57,7 @@ def test_a_chunk_is_committed_with_its_spend_or_released_if_nothing_was_spent(ca
     assert request.units == later.units == (spent,)
 
 
-def test_if_a_chunk_was_released_elsewhere_its_spend_is_recorded_later_in_the_window_of_the_chunk(calls, context):
+def test_the_spend_of_a_chunk_that_was_released_elsewhere_is_recorded_later_in_the_window_of_the_chunk(calls, context):
     hold = granted_hold(context, "chunk", tokens=100)
     calls.record_later(hold, 7, "lease")
     [(_, request)] = queued(context)

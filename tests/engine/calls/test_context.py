@@ -1,4 +1,4 @@
-"""What all calls share: amounts, labels, records by id, and the deadlines that denied callers receive."""
+"""What all calls share: amounts, labels, reads of holds by id, and the deadlines that are shown to denied callers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_hold_past_its_deadline_is_retired_and_read_again(context):
     assert record == retired
 
 
-def test_if_a_hold_cannot_be_retired_the_second_read_of_the_hold_is_returned(context):
+def test_the_second_read_of_a_hold_is_returned_if_the_hold_cannot_be_retired(context):
     """The caller then receives the open hold."""
     due = hold_record(context, agent=5, due=True)
     assert drive(context.read_hold("a"), found(due.render()), RETIRED, found(due.render())).result == due
@@ -95,7 +95,7 @@ def test_reading_an_unknown_hold_is_an_error(context):
     drive(context.read_hold("a"), found(None), raises=UnknownHold)
 
 
-def test_if_a_hold_cannot_be_retired_the_other_holds_are_still_retired(context, caplog):
+def test_the_other_holds_are_still_retired_if_one_hold_cannot_be_retired(context, caplog):
     texts = [hold_record(context, agent=5, due=True).render(), None]
     requests, _ = drive(context.retire(["a", "b"]), found(texts), StoreError("WRONGTYPE"), RETIRED)
     assert [(request.hold_id, len(request.windows)) for request in requests[1:]] == [("a", 1), ("b", 0)]
@@ -109,7 +109,7 @@ def test_a_grant_that_no_caller_received_is_queued_for_release(context, request_
     assert (kind, release.mode, release.request) == ("release", mode, request_name)
 
 
-def test_if_a_full_outbox_drops_the_release_of_a_grant_an_error_is_logged(context, caplog, monkeypatch):
+def test_an_error_is_logged_if_a_full_outbox_drops_the_release_of_a_grant(context, caplog, monkeypatch):
     monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 1)
     for hold_id in ("first", "second"):
         context.release_later(hold_id, [context.state.current_window("agent")], "")

@@ -82,7 +82,7 @@ def test_the_heartbeat_of_a_hold_released_by_an_operator_fails_and_marks_the_hol
     assert (hold.state, hold.released_by_operator) == ("released", True)
 
 
-def test_if_another_replica_has_committed_a_hold_a_heartbeat_removes_the_hold_from_the_journal(context):
+def test_a_heartbeat_removes_the_hold_from_the_journal_if_another_replica_has_committed_the_hold(context):
     hold = granted_hold(context, tokens=40)
     conflict = answer(Conflict(hold_record(context, COMMITTED, tokens=40).render()))
     drive(extend(context, hold, None), conflict, raises=HoldConflict)
@@ -129,7 +129,7 @@ def test_growth_in_this_process_is_added_to_growth_in_other_processes(context):
     assert units_of(hold) == {"tokens": 55}
 
 
-def test_if_growth_is_repeated_after_a_lost_reply_the_amount_is_added_once(context):
+def test_growth_that_is_repeated_after_a_lost_reply_adds_its_amount_once(context):
     hold = granted_hold(context, tokens=40)
     [first], _ = drive(grow(context, hold, {"tokens": 10}), NO_REPLY, raises=StoreUnavailable)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
@@ -145,7 +145,7 @@ def test_growth_by_a_different_amount_after_a_lost_reply_is_added_to_the_total_i
     assert drive(flow, outgrown(context, tokens=50), extended(context, tokens=53)).requests[1].amounts[0].reserved == 53
 
 
-def test_if_a_growth_request_was_never_sent_the_next_equal_request_is_not_treated_as_a_retry(context):
+def test_a_growth_request_is_not_treated_as_a_retry_of_an_equal_request_that_was_never_sent(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 10})
@@ -159,7 +159,7 @@ def test_growth_above_the_largest_amount_is_refused_before_anything_is_sent(cont
         grow(context, hold, {"tokens": 2**53 - 40})
 
 
-def test_after_a_denied_growth_holds_past_their_deadline_are_retired_and_the_growth_is_repeated(context):
+def test_holds_past_their_deadline_are_retired_after_a_denied_growth_and_the_growth_is_repeated(context):
     hold = granted_hold(context, tokens=40)
     denied = Denied(context.state.current_window("tokens").name, 1000, 0, 990, 0, 20, NOW_MS - 1, 60)
     due = found([hold_record(context, tokens=950, due=True).render()])
@@ -179,7 +179,7 @@ def test_only_a_heartbeat_by_id_with_a_ttl_can_move_the_deadline_earlier(context
     assert (view.id, view.amounts) == ("a", {"tokens": 40})
 
 
-def test_if_the_hold_of_a_heartbeat_by_id_cannot_be_read_the_accrued_amount_can_be_reported_later(context):
+def test_the_accrued_amount_can_be_reported_later_if_the_hold_of_a_heartbeat_by_id_cannot_be_read(context):
     record = hold_record(context, tokens=40)
     [read], _ = drive(extend_by_id(context, "a", 5, {"tokens": 7}), NO_REPLY, raises=StoreUnavailable)
     kept = read.prepares.complete(record)

@@ -64,7 +64,7 @@ def test_a_limit_is_refused_if_its_end_is_in_the_past_by_the_clock_of_the_store(
     assert [type(request) for request in requests] == [Read]
 
 
-def test_if_a_window_ends_while_its_limit_is_set_the_limit_is_set_again_for_the_next_window():
+def test_a_limit_is_set_again_for_the_next_window_if_the_window_ends_meanwhile():
     context = call_context(HOURLY)
     span = context.state.current_window("agent").span
 
@@ -79,7 +79,7 @@ def test_if_a_window_ends_while_its_limit_is_set_the_limit_is_set_again_for_the_
     assert untils_ms == [span.end_ms, to_ms(now.resets_at)]
 
 
-def test_if_a_window_has_no_end_a_limit_until_the_end_of_the_window_never_ends():
+def test_a_limit_until_the_end_of_the_window_never_ends_if_the_window_has_no_end():
     context = call_context(Budget("agent", "5.00", period="ever"))
     requests, now = drive(set_limit(context, "agent", "1", "window"), answer_status(), CHANGED, answer_status())
     assert (requests[1].args[2], now.resets_at) == (0, None)

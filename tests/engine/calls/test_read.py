@@ -37,7 +37,7 @@ def context() -> CallContext:
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def test_if_a_status_shows_due_holds_the_holds_are_retired_and_the_status_is_read_again(context):
+def test_a_status_with_due_holds_is_read_again_after_the_holds_are_retired(context):
     """Therefore the figures show such holds as unconfirmed."""
     due = found([hold_record(context, tokens=40, due=True).render()])
     replies = answer_status(due=("a",), held=40), due, RETIRED, answer_status(unconfirmed=40)
@@ -78,7 +78,7 @@ def test_only_a_complete_status_waits_for_the_replay_of_lost_data(context):
     assert (read.while_recovering, complete.while_recovering) == ("answers", "waits")
 
 
-def test_if_a_status_shows_a_limit_set_at_run_time_the_limit_is_journalled(context):
+def test_a_status_that_shows_a_limit_set_at_run_time_adds_the_limit_to_the_journal(context):
     drive(status(context, ["tokens"]), answer_status(runtime=f"2000 0 {NOW_MS}000"))
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.budget, replayed.limit) == ("tokens", 2000)
@@ -92,7 +92,7 @@ def test_if_a_status_shows_a_limit_set_at_run_time_the_limit_is_journalled(conte
     ],
     ids=["unreadable window", "other definition"],
 )
-def test_if_the_figures_of_a_budget_are_unknown_the_figures_of_other_budgets_are_still_returned(
+def test_the_figures_of_other_budgets_are_returned_even_if_the_figures_of_one_budget_are_unknown(
     context, figures, error
 ):
     figures = [word.strip() for word in figures] if isinstance(figures, list) else figures
@@ -167,7 +167,7 @@ def page_of(*entries: str, first: int = 1, trimmed: int = 0):
     return found(trimmed, first, [f"{NOW_MS}000 {entry} - -" for entry in entries])
 
 
-def test_by_default_a_ledger_page_shows_the_current_window_with_the_newest_entry_first(context):
+def test_a_ledger_page_shows_the_current_window_by_default_with_the_newest_entry_first(context):
     entries = page_of("5 commit a", "7 record b")
     requests, page = drive(ledger(context, "tokens", None, 10, None), answer_status(), entries)
     assert requests[1].keys[-1] == context.state.current_window("tokens").ledger_key
@@ -175,7 +175,7 @@ def test_by_default_a_ledger_page_shows_the_current_window_with_the_newest_entry
     assert page.next_cursor is None
 
 
-def test_if_the_caller_names_a_window_the_ledger_is_read_without_reading_a_status_first(context):
+def test_the_ledger_is_read_without_a_status_if_the_caller_names_the_window(context):
     [request], _ = drive(ledger(context, "tokens", "2025-11-30", 10, None), page_of())
     assert ":2025-11-30~" in request.keys[-1]
     drive(ledger(context, "tokens", "2025-W48", 10, None), raises=InvalidArgument)

@@ -28,7 +28,7 @@ def test_a_store_that_executes_all_commands_and_evicts_nothing_has_no_faults(con
     assert faults == {"store": None, "policy": None, "scripts": None}
 
 
-def test_if_the_store_may_evict_keys_the_eviction_policy_is_reported_as_a_fault(context):
+def test_the_eviction_policy_is_reported_as_a_fault_if_the_store_may_evict_keys(context):
     faults = drive(check(context), [], found([]), WRITTEN, LRU).result
     assert faults["policy"] == "maxmemory-policy is allkeys-lru; it must be noeviction, or budgets may vanish"
 
@@ -61,12 +61,12 @@ def test_a_login_or_protocol_error_is_a_fault_of_the_store_but_other_errors_are_
     assert (faults["store"], faults["scripts"]) == (store, scripts)
 
 
-def test_if_the_eviction_policy_cannot_be_read_only_the_policy_check_is_unknown(context):
+def test_only_the_policy_check_is_unknown_if_the_eviction_policy_cannot_be_read(context):
     faults = drive(check(context), [], found([]), WRITTEN, StoreError("NOPERM")).result
     assert faults == {"store": None, "policy": "unknown: NOPERM", "scripts": None}
 
 
-def test_if_the_store_does_not_reply_the_checks_of_policy_and_scripts_are_unknown(context):
+def test_the_checks_of_policy_and_scripts_are_unknown_if_the_store_does_not_reply(context):
     faults = drive(check(context), NOT_SENT).result
     unknown = "unknown: no reply from the store"
     assert faults == {"store": "connection refused", "policy": unknown, "scripts": unknown}

@@ -96,7 +96,7 @@ def test_the_error_for_a_full_window_names_the_bound_in_the_unit_of_its_budget(c
 @pytest.mark.parametrize(
     ("deadline_ms", "seconds"), [(NOW_MS + 1001, 2), (NOW_MS + 1000, 1), (NOW_MS - 5000, 1), (0, None)]
 )
-def test_if_there_are_too_many_holds_the_caller_may_retry_at_the_first_deadline(context, deadline_ms, seconds):
+def test_the_caller_may_retry_at_the_first_deadline_if_there_are_too_many_holds(context, deadline_ms, seconds):
     raised = error_for(context, reservation(context), TooManyHoldsReply(7, deadline_ms), NOW_US)
     assert isinstance(raised, TooManyHolds)
     assert raised.retry_after == seconds
@@ -109,7 +109,7 @@ def test_the_error_for_growth_after_a_migration_says_that_the_hold_cannot_grow(c
     assert "migrate" in str(raised), "here it is another definition"
 
 
-def test_if_growth_is_denied_in_a_budget_unknown_to_this_limiter_the_figures_are_counts(context):
+def test_the_figures_are_counts_if_growth_is_denied_in_a_budget_unknown_to_this_limiter(context):
     window = context.state.window("elsewhere", "2025-12-01~aaaaaa")
     op = Extend("a", "key", [window], [ExtendAmount(reserved=40)], 1000, ExtendMode.GROW)
     reply = Denied(window.name, 1000, 990, 0, 0, 40, 0)
@@ -174,7 +174,7 @@ def test_retry_after_considers_only_open_holds_before_their_deadline(context, st
 
 
 @pytest.mark.parametrize(("name", "searched", "seconds"), [("total", 127, None), ("tokens", 128, 12 * 3600)])
-def test_if_only_holds_of_other_windows_are_found_retry_after_is_the_end_of_the_window(
+def test_retry_after_is_the_end_of_the_window_if_only_holds_of_other_windows_are_found(
     context, name, searched, seconds
 ):
     holds = found(["h"] * searched), found([record(context, 1 + number, agent=1) for number in range(searched)])

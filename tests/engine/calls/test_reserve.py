@@ -101,7 +101,7 @@ def test_a_reservation_sends_a_new_request_name_only_if_the_caller_chose_the_id(
     assert first.request != second.request != ""
 
 
-def test_after_a_denial_holds_past_their_deadline_are_retired_and_the_reservation_is_repeated(context):
+def test_holds_past_their_deadline_are_retired_after_a_denial_and_the_reservation_is_repeated(context):
     denied = Denied(context.state.current_window("agent").name, UNITS, 0, UNITS, 0, UNITS, NOW_MS - 1)
     record = hold_record(context, agent=UNITS, due=True).render()
     replies = answer(denied, "old"), found([record]), answer(Granted()), GRANTED
@@ -124,7 +124,7 @@ def test_a_reservation_is_denied_after_64_attempts_even_if_more_holds_are_due(co
     assert kinds(requests).count(Reserve) == 64
 
 
-def test_if_the_window_of_a_reservation_has_ended_the_reservation_is_repeated_in_the_next_window(context):
+def test_a_reservation_is_repeated_in_the_next_window_if_its_window_has_ended(context):
     midnight_ms = context.state.current_window("agent").span.end_ms
 
     def stale(request):
@@ -155,7 +155,7 @@ def test_a_repeated_reservation_returns_the_hold_of_the_first_reservation(
     assert context.state.journal.open_hold("op_1") is not None
 
 
-def test_if_a_replayed_hold_is_past_its_deadline_the_hold_is_retired_and_returned_as_unconfirmed(context):
+def test_a_replayed_hold_is_retired_and_returned_as_unconfirmed_if_it_is_past_its_deadline(context):
     due = answer(Replayed(hold_record(context, agent=UNITS, due=True).render()))
     unconfirmed = answer(Replayed(hold_record(context, "x", agent=UNITS, due=True).render()))
     requests, hold = drive(reservation(context, id="op_1"), due, answer(Granted()), unconfirmed)
@@ -180,7 +180,7 @@ def test_a_reservation_is_a_conflict_if_the_id_has_a_hold_with_other_contents(co
     [(None, NO_REPLY, ["release"]), (None, NOT_SENT, []), ("op_1", NO_REPLY, [])],
     ids=["generated id", "never sent", "id of the caller, who may retry"],
 )
-def test_after_a_lost_reply_only_a_grant_under_a_generated_id_is_released_later(context, id, error, kept):
+def test_a_possible_grant_is_released_after_a_lost_reply_only_if_its_id_was_generated(context, id, error, kept):
     drive(reservation(context, id=id), error, raises=StoreUnavailable)
     assert [kind for kind, _ in queued(context)] == kept
 
@@ -232,7 +232,7 @@ def test_the_grant_of_a_cancelled_caller_is_released_at_once_or_after_the_store_
     assert context.state.journal.open_hold(hold.id) is None
 
 
-def test_if_the_store_refuses_to_release_a_grant_the_release_is_not_repeated(context):
+def test_the_release_of_a_grant_is_not_repeated_if_the_store_refuses_the_release(context):
     flow = release_grant(context, granted_hold(context, agent=UNITS))
     drive(flow, StoreError("WRONGTYPE"), raises=StoreError)
     assert queued(context) == []

@@ -124,7 +124,7 @@ def test_amounts_of_many_budgets_are_abbreviated():
     assert amounts_text(names) == "b1 1 tokens, b2 2 tokens, b3 3 tokens, … (5 budgets)"
 
 
-def test_if_a_settlement_has_no_amounts_zero_is_shown_for_each_budget():
+def test_zero_is_shown_for_each_budget_if_a_settlement_has_no_amounts():
     assert amounts_of([WINDOW], [7]) == {"tokens": 7}
     assert amounts_of([WINDOW], []) == {"tokens": 0}
 

@@ -105,7 +105,7 @@ def test_a_commit_of_zero_units_releases_the_hold(context):
     assert settlement.state == "released"
 
 
-def test_if_a_commit_has_no_reply_the_end_of_the_block_repeats_the_commit_with_the_same_amount(context):
+def test_the_end_of_a_block_repeats_a_commit_that_got_no_reply_with_the_same_amount(context):
     hold = granted_hold(context, agent=25 * CENT)
     drive(commit(context, hold, "0.07"), NO_REPLY, raises=StoreUnavailable)
     assert (hold.state, hold.settling) == ("open", False)
@@ -113,7 +113,7 @@ def test_if_a_commit_has_no_reply_the_end_of_the_block_repeats_the_commit_with_t
     assert request.amounts == [CommitAmount(CommitMode.EXACT, 7 * CENT)]
 
 
-def test_if_the_outage_policy_is_allow_a_commit_without_a_reply_is_queued_as_deferred():
+def test_a_commit_without_a_reply_is_queued_as_deferred_if_the_outage_policy_is_allow():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = granted_hold(context, agent=25 * CENT)
     [request], settlement = drive(commit(context, hold, "0.07"), NO_REPLY)
@@ -121,7 +121,7 @@ def test_if_the_outage_policy_is_allow_a_commit_without_a_reply_is_queued_as_def
     assert (settlement.deferred, hold.state) == (True, "committed")
 
 
-def test_if_the_store_has_lost_a_hold_the_commit_restores_the_hold(context):
+def test_a_commit_restores_a_hold_that_the_store_has_lost(context):
     hold = granted_hold(context, agent=25 * CENT)
     hold.granted_in = "before the loss"
     requests, settlement = drive(commit(context, hold, "0.07"), UNKNOWN, committed(7 * CENT))
@@ -129,7 +129,7 @@ def test_if_the_store_has_lost_a_hold_the_commit_restores_the_hold(context):
     assert settlement.state == "committed"
 
 
-def test_if_the_store_has_dropped_a_hold_the_commit_fails_and_the_lost_spend_is_logged(context, caplog):
+def test_a_commit_of_a_hold_that_the_store_has_dropped_fails_and_the_lost_spend_is_logged(context, caplog):
     hold = granted_hold(context, agent=25 * CENT)
     drive(commit(context, hold, "0.07"), UNKNOWN, raises=UnknownHold)
     assert ["commit of hold a not recorded" in line for line in errors_of(caplog)] == [True]
@@ -138,13 +138,13 @@ def test_if_the_store_has_dropped_a_hold_the_commit_fails_and_the_lost_spend_is_
     assert errors_of(caplog) == [], "a release loses no spend"
 
 
-def test_if_the_store_does_not_have_an_offline_hold_the_release_succeeds_with_amounts_of_zero():
+def test_the_release_of_an_offline_hold_that_the_store_does_not_have_succeeds_with_amounts_of_zero():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     _, settlement = drive(release(context, offline_hold(context, agent=CENT)), UNKNOWN)
     assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
 
 
-def test_if_the_store_has_lost_a_hold_the_release_fails_and_does_not_restore_the_hold(context):
+def test_a_release_of_a_hold_that_the_store_has_lost_fails_and_does_not_restore_the_hold(context):
     hold = granted_hold(context, agent=CENT)
     hold.granted_in = "before the loss"
     drive(release(context, hold), UNKNOWN, raises=UnknownHold)
@@ -220,7 +220,7 @@ def test_the_end_of_a_block_fails_if_the_id_has_an_open_hold_with_other_contents
     assert hold.state == "open"
 
 
-def test_if_the_block_of_an_offline_hold_fails_the_accrued_amount_is_committed():
+def test_the_accrued_amount_is_committed_if_the_block_of_an_offline_hold_fails():
     """The store does not have the hold, so nothing would expire there."""
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = offline_hold(context, agent=25 * CENT)
@@ -257,7 +257,7 @@ def test_the_request_of_a_release_by_id_shows_if_an_operator_releases_the_hold(c
     assert drive(flow, known, RELEASED_NOW).requests[1].mode is mode
 
 
-def test_if_the_hold_of_a_settlement_by_id_cannot_be_read_the_settlement_can_be_completed_later(context):
+def test_a_settlement_by_id_can_be_completed_later_if_the_hold_cannot_be_read(context):
     requests, _ = drive(settle_by_id(context, "a", "0.07"), NO_REPLY, raises=StoreUnavailable)
     fact = requests[0].prepares
     assert fact.complete(hold_record(context, agent=25 * CENT)).units == (7 * CENT,)
@@ -270,7 +270,7 @@ def test_a_settlement_by_id_without_a_reply_is_deferred_if_the_hold_is_in_the_jo
     drive(settle_by_id(context, "elsewhere", "0.07"), NOT_SENT, raises=StoreUnavailable)
 
 
-def test_if_the_store_refuses_a_settlement_by_id_the_settlement_is_not_deferred():
+def test_a_settlement_by_id_is_not_deferred_if_the_store_refuses_it():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     granted_hold(context, "a", agent=25 * CENT)
     drive(settle_by_id(context, "a", "0.07"), StoreError("WRONGTYPE"), raises=StoreError)
@@ -294,7 +294,7 @@ def test_a_settlement_by_id_fails_if_the_store_drops_the_hold_between_the_read_a
     drive(settle_by_id(context, "a", "0.01"), known, UNKNOWN, raises=UnknownHold)
 
 
-def test_if_the_hold_is_unknown_a_commit_by_id_is_logged_but_a_release_by_id_is_not(context, caplog):
+def test_a_commit_by_id_of_an_unknown_hold_is_logged_but_a_release_by_id_is_not(context, caplog):
     drive(settle_by_id(context, "a", None, released=True), found(None), raises=UnknownHold)
     assert errors_of(caplog) == []
     drive(settle_by_id(context, "a", "0.07"), found(None), raises=UnknownHold)
@@ -315,7 +315,7 @@ def test_a_record_of_zero_spend_succeeds_but_conflicts_if_the_id_is_in_use(conte
     drive(record(context, "agent", 0, "a", ""), conflict, raises=HoldConflict)
 
 
-def test_if_the_window_of_recorded_spend_has_ended_the_record_is_repeated_in_the_current_window(context):
+def test_a_record_of_spend_is_repeated_in_the_current_window_if_its_window_has_ended(context):
     requests, settlement = drive(record(context, "agent", "0.07", "r", ""), answer(StaleWindow()), committed(7 * CENT))
     assert [type(request) for request in requests] == [RecordSpend, RecordSpend]
     assert (settlement.state, settlement.amounts) == ("recorded", {"agent": from_units(7 * CENT)})

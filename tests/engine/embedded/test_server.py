@@ -283,7 +283,7 @@ def test_the_server_does_not_inherit_ignored_or_blocked_signals(data_dir: Path) 
         eventually(lambda: replies(other.url))
 
 
-def test_if_a_forked_child_closes_its_handle_the_handle_of_the_parent_stays_open(data_dir: Path) -> None:
+def test_the_handle_of_the_parent_stays_open_if_a_forked_child_closes_its_handle(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine.embedded import server as embedded
@@ -349,7 +349,7 @@ def test_no_spend_is_lost_if_the_server_its_supervisor_and_its_user_are_killed_a
         assert connect(server.url).get("spent") == "5"
 
 
-def test_if_the_supervisor_is_killed_the_next_user_starts_a_new_supervisor(data_dir: Path) -> None:
+def test_the_next_user_starts_a_new_supervisor_if_the_supervisor_was_killed(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -371,7 +371,7 @@ def test_a_new_supervisor_restarts_a_killed_server_with_its_data(data_dir: Path)
             assert connect(server.url).get("spent") == "5"
 
 
-def test_without_a_supervisor_the_server_stops_when_the_last_handle_is_closed(data_dir: Path) -> None:
+def test_the_server_stops_when_the_last_handle_is_closed_even_without_a_supervisor(data_dir: Path) -> None:
     with User(data_dir) as user, embedded.start(data_dir) as server:
         kill(supervisor_of(user.server_pid))
         user.leave()
@@ -496,7 +496,7 @@ def test_a_directory_that_is_writable_for_everyone_is_refused(data_dir: Path) ->
         embedded.start(data_dir)
 
 
-def test_if_the_directory_path_is_long_all_processes_use_the_same_short_socket_path(data_dir: Path) -> None:
+def test_all_processes_use_the_same_short_socket_path_if_the_directory_path_is_long(data_dir: Path) -> None:
     deep = data_dir / ("d" * 60) / ("e" * 60)
     with embedded.start(deep) as server, User(deep) as other:
         assert len(os.fsencode(server.socket_path)) <= 103

@@ -213,7 +213,7 @@ def test_a_lease_requests_a_new_chunk_each_time_its_current_chunk_runs_low(store
     assert (lease.spent, lease.remaining) == (300, SLAB)
 
 
-def test_if_a_refused_amount_is_larger_than_a_chunk_the_next_chunk_has_the_whole_amount(store):
+def test_the_next_chunk_has_the_whole_refused_amount_if_the_amount_is_larger_than_a_chunk(store):
     lease = opened(store)
     with pytest.raises(BudgetExceeded):
         lease.spend(250)
@@ -231,7 +231,7 @@ def test_a_chunk_grows_by_the_last_units_of_a_budget_only_if_it_then_covers_the_
     assert lease.remaining == (130 if grows else 100)
 
 
-def test_if_growing_a_chunk_fails_because_the_chunk_is_settled_its_spend_is_still_committed(store):
+def test_the_spend_of_a_chunk_is_committed_even_if_growth_fails_because_the_chunk_is_settled(store):
     lease = opened(store, low_water=0)
     lease.spend(7)
     store.left, store.errors["grow"] = 30, HoldConflict("released", state="released")
@@ -290,7 +290,7 @@ def test_a_caller_that_came_after_a_request_was_sent_waits_for_the_reply_to_the_
     assert isinstance(second.exception(0), BudgetExceeded)
 
 
-def test_if_the_store_does_not_reply_each_waiting_caller_fails_after_its_own_timeout(store):
+def test_each_waiting_caller_fails_after_its_own_timeout_if_the_store_does_not_reply(store):
     lease = opened(store)
     store.is_silent = True
     first, second = Future[Any](), Future[Any]()
@@ -305,7 +305,7 @@ def test_if_the_store_does_not_reply_each_waiting_caller_fails_after_its_own_tim
     assert not second.done()
 
 
-def test_if_a_waiting_caller_is_cancelled_its_grant_returns_to_the_lease(store):
+def test_the_grant_of_a_cancelled_waiting_caller_returns_to_the_lease(store):
     lease = opened(store)
     lease.spend(100)
     cancelled = Future[Any]()
@@ -322,7 +322,7 @@ def test_if_a_waiting_caller_is_cancelled_its_grant_returns_to_the_lease(store):
 # -- the life of a chunk -----------------------------------------------------------------------------------------------
 
 
-def test_at_each_third_of_the_ttl_a_heartbeat_reports_the_spend_of_a_chunk(store):
+def test_a_heartbeat_reports_the_spend_of_a_chunk_at_each_third_of_the_ttl(store):
     lease = opened(store)
     lease.spend(7)
     assert store.turn(TTL_S // 3 - 1) == []
@@ -403,7 +403,7 @@ def test_no_spend_is_lost_whatever_the_store_replies_when_a_chunk_is_settled(sto
     assert lease.retired == []
 
 
-def test_if_the_store_refuses_to_commit_a_chunk_the_commit_is_repeated(store, caplog):
+def test_the_commit_of_a_chunk_is_repeated_if_the_store_refuses_the_commit(store, caplog):
     lease = opened(store)
     lease.spend(7)
     store.errors["settle"] = StoreError("OOM")

@@ -28,7 +28,7 @@ def commit(context: CallContext, hold_id: str = "a") -> Commit:
     return Commit(hold_id, "key", [window], [CommitAmount(CommitMode.EXACT, 7 * CENT)])
 
 
-def test_without_the_store_policy_deny_grants_nothing_and_records_nothing(context):
+def test_policy_deny_grants_nothing_and_records_nothing_without_the_store(context):
     parts = [(context.state.current_window("agent"), CENT)]
     request = OfflineReservation("a", parts, TTL_MS, "c", Labels(), "", False)
     assert context.policy.reserve(request) is None
@@ -55,7 +55,7 @@ def test_a_deferred_settlement_is_queued_and_its_caller_receives_the_result(cont
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])
-def test_if_a_deferred_settlement_may_have_been_executed_the_time_of_its_attempt_is_kept(context, ambiguous):
+def test_the_time_of_the_attempt_is_kept_if_a_deferred_settlement_may_have_been_executed(context, ambiguous):
     """A day later, the store has dropped the id of the settlement, and would count a second execution."""
     context.policy.defer(commit(context), ambiguous=ambiguous)
     [entry] = context.outbox
@@ -63,7 +63,7 @@ def test_if_a_deferred_settlement_may_have_been_executed_the_time_of_its_attempt
     assert entry.maybe_executed_us is None or entry.maybe_executed_us >= NOW_US
 
 
-def test_if_a_full_outbox_drops_a_deferred_settlement_an_error_is_logged(context, monkeypatch, caplog):
+def test_an_error_is_logged_if_a_full_outbox_drops_a_deferred_settlement(context, monkeypatch, caplog):
     monkeypatch.setattr(outboxes, "DEFERRED_MAX", 1)
     context.policy.defer(commit(context, "first"))
     assert errors_of(caplog) == []

@@ -346,7 +346,7 @@ def test_a_reservation_refused_in_an_outage_does_not_enlarge_the_next_chunk(repl
     assert replica.store.held_of("agent") == SLAB
 
 
-def test_if_a_request_granted_from_a_lease_may_have_reached_the_store_a_release_is_queued(replica):
+def test_a_release_is_queued_if_a_request_granted_from_a_lease_may_have_reached_the_store(replica):
     hold = replica.draw({"agent": 10}, id="op_1", request="request_1", ambiguous=True)
     assert hold is not None
     [entry] = replica.outbox
@@ -354,7 +354,7 @@ def test_if_a_request_granted_from_a_lease_may_have_reached_the_store_a_release_
     assert (entry.kind, entry.request.request) == ("release", "request_1")
 
 
-def test_if_a_hold_returned_its_money_at_expiry_a_late_commit_is_recorded_with_a_new_id(replica):
+def test_a_late_commit_is_recorded_with_a_new_id_if_the_hold_returned_its_money_at_expiry(replica):
     replica.reach("away")
     hold = replica.draw({"agent": 10}, "r", ttl_s=1, id="op_1")
     assert hold is not None

@@ -47,7 +47,7 @@ def test_a_scalar_amount_applies_to_dollar_budgets_but_not_to_count_budgets():
 @pytest.mark.parametrize(
     ("flags", "units"), [({"tokens": "n"}, {"tokens": 3}), ({"tokens": "n", "jobs": "s"}, {"tokens": 3})]
 )
-def test_if_a_hold_has_one_count_budget_and_no_dollar_budget_a_scalar_amount_applies_to_the_count(flags, units):
+def test_a_scalar_amount_applies_to_the_only_count_budget_of_a_hold_without_a_dollar_budget(flags, units):
     assert spread(3, flags) == units
 
 
@@ -97,7 +97,7 @@ def test_a_commit_without_an_amount_commits_the_accrued_amounts():
     }
 
 
-def test_if_only_other_budgets_have_accruals_a_count_budget_commits_its_reserved_amount():
+def test_a_count_budget_commits_its_reserved_amount_if_only_other_budgets_have_accruals():
     segments = {"agent": ("u", 5 * CENT, CENT), "team": ("u", 5 * CENT, 0), "tokens": ("n", 100, 0)}
     assert committed(None, **segments) == {
         "agent": CommitAmount(ACCRUED, CENT),

@@ -65,7 +65,7 @@ def test_a_batch_begins_with_the_state_and_the_settings_of_the_sending_replica()
     assert args == ["r1", "e1", "3", "7", "0", "e2 11 22 000000000033 000000000044 000000000055"]
 
 
-def test_before_the_first_reply_of_the_store_a_replica_sends_its_age_instead_of_its_start_time():
+def test_a_replica_sends_its_age_instead_of_its_start_time_before_the_first_reply_of_the_store():
     assert encode_batch(KEYS, header(epoch=None, started_us=None), []).args[:4] == ["r1", "-", "3", "-9"]
 
 

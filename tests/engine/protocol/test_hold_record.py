@@ -1,4 +1,4 @@
-"""The record of a hold: its renderer and its parser agree."""
+"""The record of a hold: the parser reads what the renderer writes."""
 
 from __future__ import annotations
 

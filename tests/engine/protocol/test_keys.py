@@ -1,4 +1,4 @@
-"""Names of keys and windows: one slot for each tenant, one window for each definition."""
+"""Names of keys and windows: each tenant has one slot of a cluster, and each definition of a budget its own windows."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ async def test_each_trim_of_a_ledger_merges_the_earlier_summary_into_the_new_sum
     assert summary.units + sum(entry.units for entry in others) == sums(client)["spent"] == 300_000_000
 
 
-async def test_if_the_entries_at_a_cursor_were_trimmed_the_page_starts_at_the_newest_entry(limiter):
+async def test_a_page_starts_at_the_newest_entry_if_the_entries_at_its_cursor_were_trimmed(limiter):
     await record(limiter, *range(1, 8))
     first = await limiter.ledger("agent", limit=3)
     assert first.next_cursor == "5"
@@ -118,7 +118,7 @@ async def test_the_page_after_the_oldest_kept_entry_has_only_the_summary(limiter
     assert ([entry.entry_id for entry in page], page.trimmed, page.next_cursor) == ([""], False, None)
 
 
-async def test_if_a_cursor_is_beyond_the_newest_entry_the_page_starts_at_the_newest_entry(limiter):
+async def test_a_page_starts_at_the_newest_entry_if_its_cursor_is_beyond_that_entry(limiter):
     await record(limiter, 1, 2)
     page = await limiter.ledger("agent", cursor="5")
     assert ([entry.entry_id for entry in page], page.trimmed) == (["2", "1"], True)

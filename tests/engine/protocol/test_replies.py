@@ -115,7 +115,7 @@ def test_the_line_of_a_refusal_is_parsed_to_the_same_reply_for_every_operation(l
         assert op.parse(line) == reply
 
 
-def test_if_the_reply_to_a_fast_commit_is_only_a_letter_the_requested_amounts_are_settled():
+def test_the_requested_amounts_are_settled_if_the_reply_to_a_fast_commit_is_only_a_letter():
     commit = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])
     commit.enable_fast_path("0123456789ab", RESERVE.granted(8, 9), [5])
     assert commit.parse("k") == Settled((7,), overrun=True)

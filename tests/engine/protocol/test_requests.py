@@ -1,4 +1,4 @@
-"""Reads and commands besides batches: their arguments, and the parsed replies."""
+"""Reads, and commands that are no batches: their arguments, and the parsed replies."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def test_a_hold_is_released_once_and_a_commit_can_correct_only_a_release_by_an_o
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_if_an_operation_omits_a_window_of_its_hold_the_reply_is_the_record_of_the_hold(wire):
+def test_the_reply_is_the_record_of_the_hold_if_an_operation_omits_a_window_of_the_hold(wire):
     wire.reserve("op_1", agent=150, cycles=1)
     for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
         assert wire.request(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
@@ -294,7 +294,7 @@ def test_spend_is_recorded_once_for_each_id_and_only_late_spend_is_accepted_in_a
     assert immortal_keys(client) == []
 
 
-def test_after_a_lost_commit_is_restored_a_repeated_reservation_or_commit_is_a_replay(client, wire):
+def test_a_repeated_reservation_or_commit_is_a_replay_after_a_lost_commit_is_restored(client, wire):
     head = f"K op_1 c {TIMES} me research t1"
     parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
     assert wire.request(head, **parts) == "k o 70,2,0"
@@ -311,7 +311,7 @@ def test_after_a_lost_commit_is_restored_a_repeated_reservation_or_commit_is_a_r
 
 @pytest.mark.parametrize("known", ["unknown", "open", "expired"])
 @pytest.mark.parametrize("state", "rz")
-def test_after_a_lost_release_is_restored_a_repeated_reservation_or_release_is_a_replay(client, wire, state, known):
+def test_a_repeated_reservation_or_release_is_a_replay_after_a_lost_release_is_restored(client, wire, state, known):
     if known != "unknown":
         wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
     if known == "expired":
@@ -331,7 +331,7 @@ def test_after_a_lost_release_is_restored_a_repeated_reservation_or_release_is_a
         assert wire.request("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
 
 
-def test_if_the_store_has_a_hold_with_other_contents_restoring_the_hold_is_a_conflict(wire):
+def test_restoring_a_hold_is_a_conflict_if_the_store_has_the_hold_with_other_contents(wire):
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1")
     assert wire.request(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
@@ -395,7 +395,7 @@ def test_no_operation_writes_into_a_window_whose_key_is_missing(begun, head):
     assert stored(begun) == before
 
 
-def test_if_the_key_of_a_window_is_missing_the_fast_path_writes_nothing(begun):
+def test_the_fast_path_writes_nothing_if_the_key_of_a_window_is_missing(begun):
     before = stored(begun)
     commits = [
         begun.commit("op_1", counted={"agent": 150}, agent=70),
@@ -405,7 +405,7 @@ def test_if_the_key_of_a_window_is_missing_the_fast_path_writes_nothing(begun):
     assert stored(begun) == before
 
 
-def test_in_a_batch_operations_on_existing_windows_succeed_even_if_another_window_is_missing(begun):
+def test_operations_on_existing_windows_succeed_even_if_another_window_of_the_batch_is_missing(begun):
     missing = f"t agent:{day(begun)}"
     commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
     assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
@@ -567,7 +567,7 @@ def test_the_head_of_a_reply_has_the_time_and_the_epoch_and_due_holds_and_the_nu
     assert wire.head.due == ("op_1",)
 
 
-def test_after_a_reported_data_loss_the_store_grants_nothing_until_the_recovery_ends(client, wire):
+def test_the_store_grants_nothing_from_the_report_of_a_data_loss_to_the_end_of_the_recovery(client, wire):
     wire.reserve("op_1", agent=150)
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
@@ -612,7 +612,7 @@ def test_an_open_hold_is_restored_once_and_can_then_be_committed(client, wire):
     assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
 
 
-def test_if_an_open_hold_still_exists_restoring_the_hold_can_only_raise_its_totals(wire):
+def test_restoring_an_open_hold_that_still_exists_can_only_raise_its_totals(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
@@ -666,7 +666,7 @@ def limit_in_force(wire: Wire) -> str | None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_if_two_replicas_started_together_the_limit_of_the_replica_with_the_larger_id_applies(client, wire, first):
+def test_the_limit_of_the_replica_with_the_larger_id_applies_if_two_replicas_started_together(client, wire, first):
     started = wire.now_us()
     replicas = [
         with_limit(client, "2.00", started, "00000000000a"),
@@ -677,7 +677,7 @@ def test_if_two_replicas_started_together_the_limit_of_the_replica_with_the_larg
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_if_a_replica_sends_a_future_start_time_the_store_uses_the_current_time_instead(client, wire):
+def test_the_store_uses_the_current_time_if_a_replica_sends_a_start_time_in_the_future(client, wire):
     ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
     earlier = with_limit(client, "1.00", wire.now_us() - 3_600_000_000)
@@ -689,7 +689,7 @@ def test_if_a_replica_sends_a_future_start_time_the_store_uses_the_current_time_
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_after_the_clock_of_the_store_was_set_back_a_new_replica_can_still_replace_the_limit(client, wire):
+def test_a_new_replica_can_still_replace_the_limit_after_the_clock_of_the_store_was_set_back(client, wire):
     wire.reserve("op_1", agent=1)
     key = wire.session.current_window("agent").key
     client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})
@@ -697,7 +697,7 @@ def test_after_the_clock_of_the_store_was_set_back_a_new_replica_can_still_repla
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_if_a_replica_sends_its_age_the_store_and_the_replica_compute_the_same_start_time(client, wire):
+def test_the_store_and_the_replica_compute_the_same_start_time_if_the_replica_sends_its_age(client, wire):
     before_us = wire.now_us()
     unsynced = Wire(client)
     unsynced.session.renew()
@@ -760,7 +760,7 @@ def test_the_fast_path_admits_the_operations_of_a_batch_in_order_up_to_the_exact
     assert usual.head.acknowledged == usual.session.acknowledged == 3
 
 
-def test_if_the_fast_path_declines_a_very_large_reservation_the_sums_of_its_batch_stay_exact(client):
+def test_the_sums_of_a_batch_stay_exact_if_the_fast_path_declines_a_very_large_reservation(client):
     wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
     wire.reserve("first", agent=1, few=1)
     most = 2**53 - 2
@@ -770,7 +770,7 @@ def test_if_the_fast_path_declines_a_very_large_reservation_the_sums_of_its_batc
     assert wire.sums("agent")["held"] == 3
 
 
-def test_if_the_fast_path_declines_an_unusual_request_nothing_in_the_store_changes(client, usual):
+def test_nothing_in_the_store_changes_if_the_fast_path_declines_an_unusual_request(client, usual):
     usual.reserve("op_1", agent=150)
     stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
     usual.request("E op_1 60000 0", agent=":30:0")
@@ -794,7 +794,7 @@ def test_if_the_fast_path_declines_an_unusual_request_nothing_in_the_store_chang
     assert dump(client) == before
 
 
-def test_if_a_window_counts_almost_2_to_the_62_units_the_fast_path_declines_a_commit(client, usual):
+def test_the_fast_path_declines_a_commit_if_the_window_counts_almost_2_to_the_62_units(client, usual):
     """The full script then refuses the commit; the fast path does not check the sum after each commit."""
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=200)

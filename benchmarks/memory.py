@@ -1,4 +1,4 @@
-"""The memory of holds, settled operations and windows in the server: ``used_memory``, with all that belongs to them."""
+"""The memory of holds, settled operations and windows in the server, measured as the growth of ``used_memory``."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _FOREIGN_DATA = "it contains data that ktrdr-budget did not write"
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """A window's counters beside the sums of its ledger and its open holds; in nano-dollars or counts."""
+    """A window's counters, and the sums of its ledger and its open holds. All are in nano-dollars or counts."""
 
     window_key: str
     budget: str
@@ -75,7 +75,7 @@ class WindowReport:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A corrected counter; in nano-dollars or counts."""
+    """A correction of a counter. The amounts are in nano-dollars or counts."""
 
     budget: str
     window: str

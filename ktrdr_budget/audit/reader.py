@@ -117,10 +117,10 @@ class Ledger:
     head: bytes = b""
     """The first element of the list: entry 1, or the summary of trimmed entries."""
     trimmed_count: int = 0
-    """How many entries the head summarises."""
+    """The number of trimmed entries that ``head`` summarises; 0 if it is no summary."""
     total: int = 0
     events: int = 0
-    """Entries that count as events."""
+    """The number of entries that count as events."""
     carried: bool = False
     """Whether a summary was read. If so, the sums lack the events and unconfirmed charges of the entries in the
     summary."""

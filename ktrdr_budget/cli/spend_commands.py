@@ -30,8 +30,8 @@ _AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
 @click.option(
     "--on-expiry",
     type=click.Choice(["charge", "accrued", "release"]),
-    help="What counts as unconfirmed after the hold expires: the whole amount (charge), the accrued amount, or "
-    "nothing (release).  [default: charge]",
+    help="After the hold expires, this counts as unconfirmed: the whole amount (charge), the accrued amount (accrued), "
+    "or nothing (release).  [default: charge]",
 )
 @click.option("--operation", help="Label of the hold in the ledger.")
 @json_option

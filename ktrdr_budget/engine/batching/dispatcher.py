@@ -494,7 +494,7 @@ class Dispatcher:
     def _expire(self, calls: list[PendingCall], error: Exception | None, *, in_turn: bool = False) -> list[PendingCall]:
         """End the calls whose deadline has passed; return the others.
 
-        A call that was not sent only because the event loop stalled gets one more deadline.
+        If a call was not sent, and the only reason is that the event loop was blocked, the call gets a new deadline.
 
         Args:
             error: the last error of an attempt; ``None`` if there was none.
@@ -539,7 +539,7 @@ class Dispatcher:
         The deadline of a call is renewed at most once.
 
         Args:
-            unsent: whether the call was not sent only because the event loop was blocked.
+            unsent: whether the call was not sent, and the only reason is that the event loop was blocked.
         """
         assert self._loop is not None
         if call.was_renewed or not (unsent or self._was_stalled(call)):

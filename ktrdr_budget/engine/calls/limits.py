@@ -63,7 +63,7 @@ def clear_limit(context: CallContext, name: str) -> Flow[Status]:
 def _change_limit(
     context: CallContext, budget: Budget, units: int | None, until_ms: int, *, clear: bool = False
 ) -> Flow[int]:
-    """Set or clear a limit; return when the limit changed, by the store's clock, in microseconds."""
+    """Set or clear a limit; return the time of the change by the store's clock, in microseconds."""
     keys = context.state.keys
     reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, clear=clear)
     result = parse_set_limit(reply, budget.name)

@@ -39,11 +39,11 @@ TTL_DEFAULT_S = 900
 OnExpiry = Literal["charge", "accrued", "release"]
 """What an expired hold is charged: the whole reservation, the accrued amount, or nothing."""
 HoldState = Literal["open", "unconfirmed", "committed", "released", "recorded"]
-"""The state of a hold. ``unconfirmed``: the hold expired before a settlement. ``recorded``: spend without a hold."""
+"""The state of a hold. ``unconfirmed``: it expired before a settlement. ``recorded``: spend without a reservation."""
 
 
 def check_name(value: object, what: str) -> str:
-    """Return a budget name, tenant or id if it is valid.
+    """Return the value if it is a valid budget name, tenant or id.
 
     Raises:
         InvalidArgument: the value does not match ``[A-Za-z0-9._:/@-]{1,128}``.
@@ -131,7 +131,7 @@ class Budget:
 
 
 def identity_of(definition: str) -> str:
-    """Format a definition for people. A definition in an unknown format is returned unchanged."""
+    """Format a definition as readable text. A definition in an unknown format is returned unchanged."""
     words = definition.split(",")
     if len(words) != len(_IDENTITY):
         return definition
@@ -191,7 +191,7 @@ class Status:
     """Number of commits above their reservation."""
     limit_source: Literal["configured", "runtime"]
     limit_until: datetime | None
-    """End of the limit that was set at run time; ``None`` if this limit has no end or was not set."""
+    """The end of a limit that was set with ``set_limit``; ``None`` if that limit has no end, or if none was set."""
     configured_limit: Amount | None
     as_of: datetime
     """The store's clock at the time of the reply."""
@@ -226,9 +226,9 @@ class HoldView:
     accrued: Mapping[str, Amount]
     """Accrued amounts per budget."""
     charged: Mapping[str, Amount]
-    """Charged amounts per budget. They count as spent if the hold is settled, as unconfirmed if it has expired."""
+    """Charged amounts per budget. They count as spent if the hold was settled, and as unconfirmed if it expired."""
     windows: Mapping[str, str]
-    """Names of windows per budget. The window of this name has admitted the hold, and is charged for it."""
+    """For each budget, the name of the window that admitted the hold and is charged for the hold."""
     units: Mapping[str, str]
     """Units per budget: ``usd``, ``count`` or ``slots``."""
     on_expiry: OnExpiry
@@ -255,7 +255,7 @@ class Settlement:
     overruns: tuple[str, ...] = field(default=(), compare=False)
     """The names of the budgets with an overrun."""
     late: bool = False
-    """Whether the hold had expired, or an operator had released it. This settlement has corrected the charge."""
+    """Whether the hold had already expired or been released by an operator. If so, the charge was corrected."""
     deferred: bool = False
     """Whether the settlement waits in memory until the store replies again (outage policy ``allow``)."""
 
@@ -265,7 +265,8 @@ class LedgerEntry:
     """One entry in the ledger of a window. All entries of a window add up to ``spent + unconfirmed``."""
 
     entry_id: str
-    """The entry's number in its ledger, from 1. Empty for kind ``carried``, which is the sum of trimmed entries."""
+    """The entry's number in its ledger, from 1. Empty for an entry of kind ``carried``, which sums up the
+    trimmed entries."""
     at: datetime
     """The entry's time by the store's clock. Entries are ordered by number, because that clock may be set back."""
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
@@ -285,7 +286,7 @@ class Migration:
     """The previous definition, in the form of :attr:`Budget.identity`; ``None`` if none was registered."""
     after: str
     limit_cleared: bool = False
-    """Whether a limit that was set at run time was cleared, because the budget's unit has changed."""
+    """Whether a limit set with ``set_limit`` was cleared, because the budget's unit has changed."""
 
 
 class Statuses(list[Status]):
@@ -307,7 +308,7 @@ class Page(Generic[Item]):
     items: tuple[Item, ...]
     next_cursor: str | None
     trimmed: bool = False
-    """Whether the entries of the cursor were trimmed from the ledger. If so, this page is the newest page instead."""
+    """Whether the entries after the cursor were trimmed from the ledger. If so, this is the newest page instead."""
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

@@ -21,7 +21,7 @@ MAX_UNITS = 2**53
 
 USD = "usd"
 COUNT = "count"
-"""The unit of an amount that is known to be a count, but not of what."""
+"""The unit of a count if it is unknown what is counted."""
 _SCALE = Decimal(NANOS_PER_USD)
 _WIDE = Context(prec=60)
 
@@ -34,7 +34,7 @@ AmountIn = Decimal | str | int | float
 def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, positive: bool = False) -> int:
     """Convert an amount to internal units: nano-dollars for ``usd``, the count itself for any other unit.
 
-    Fractions of a nano-dollar are rounded so that rounding never raises a cap.
+    A fraction of a nano-dollar is rounded: down in a limit, up in a cost. So rounding never raises a cap.
 
     Args:
         round_down: round down, as for limits. If false, round up, as for costs.

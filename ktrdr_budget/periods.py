@@ -134,9 +134,9 @@ def _local_window(period: str, zone: tzinfo, midnight: datetime) -> Span:
 def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
     """Return the first instant of the local day ``local``.
 
-    If clocks skip midnight, the day begins at the end of this gap. If midnight occurs twice, the day begins at the
-    first occurrence, which ``fold=0`` selects. For a skipped time, Python then uses the offset before the gap. This
-    gives an instant after the gap, so the result is moved back to the end of the gap.
+    If midnight occurs twice, the day begins at the first occurrence, which ``fold=0`` selects. If clocks skip midnight,
+    local time has a gap, and the day begins at the end of the gap. For a skipped midnight, Python uses the offset
+    before the gap. This gives an instant after the gap, so the result is moved back to the end of the gap.
     """
     instant = local.replace(tzinfo=zone, fold=0)
     utc = instant.astimezone(UTC)
@@ -146,10 +146,10 @@ def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
 
 
 def _end_of_gap_ms(inside: datetime, zone: tzinfo) -> int:
-    """Return the end of the gap that skipped a local time, to the second, by bisection.
+    """Find the end of a gap in local time by bisection, with a precision of one second.
 
     Args:
-        inside: the instant, after the gap, that Python gives for the skipped time.
+        inside: the instant after the gap that Python gives for a local time inside the gap.
     """
     low, high = to_ms(inside - timedelta(days=1)) // 1000, to_ms(inside) // 1000
     after = from_ms(high * 1000).astimezone(zone).utcoffset()

@@ -1,7 +1,7 @@
 """Limiters in memory, for tests of code that uses a limiter: no server, no file, no socket.
 
 These limiters run the Lua scripts of the package in `fakeredis <https://fakeredis.readthedocs.io/>`_; install the extra
-``ktrdr-budget[testing]``. The cap, idempotency and the figures are as on a server. But a limiter in memory is only a
+``ktrdr-budget[testing]``. Caps, idempotency and figures work as on a server. But a limiter in memory is only a
 test double: it works in one process, stores nothing durably, and uses the time of this machine. The package itself is
 tested on real servers.
 """
@@ -57,7 +57,7 @@ class _MemoryNode(Node):
     async def execute(
         self, words: Sequence[Any], asking: bool, deadline: float, on_resend: Callable[[], None] | None
     ) -> Any:
-        """Execute a command; see :class:`Node`. There is no second attempt, because it would be no faster."""
+        """Execute a command once, as a second attempt would not be faster; see :class:`Node`."""
         if words[0] == "INFO":  # fakeredis lacks it; the readiness check reads the policy, and nothing is evicted here
             return b"maxmemory_policy:noeviction"
         return await self.client.execute_command(*words)
@@ -95,8 +95,9 @@ class _MemoryLimiter(LimiterBase):
         Args:
             server: the result of :func:`memory_server`. By default, the limiter has a server of its own, which starts
                 empty.
-            timeout: the deadline of each call, in seconds. The default is long, because a busy machine is no outage.
-            options: further options, which are those of a limiter on a server.
+            timeout: the deadline of each call, in seconds. The default is long, because a busy machine must
+                not look like an outage.
+            options: the other options of a limiter on a server.
         """
         made = memory_server() if server is None else server
         self._new_store = lambda *_: _MemoryStore(made)

@@ -1,4 +1,4 @@
-"""A tracker of one daily budget that all replicas share. Its interface is that of a tracker within one process."""
+"""A tracker of one daily budget that all replicas share. Its methods are those of a tracker that is not shared."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ class BudgetTracker:
         """Return the dollars spent in today's window.
 
         Raises:
-            StoreUnavailable: the spend is unknown, which is not 0.
+            StoreUnavailable: the spend is unknown. It must not be taken for 0.
         """
         return float(self._status().spent)
 
     def get_remaining(self) -> float:
-        """Return today's remaining dollars, which are neither spent nor held; ``inf`` if the budget is unlimited.
+        """Return the dollars that are neither spent nor held today; ``inf`` if the budget is unlimited.
 
         Raises:
-            StoreUnavailable: the remainder is unknown, which is not the full budget.
+            StoreUnavailable: the remainder is unknown. It must not be taken for the full budget.
         """
         remaining = self._status().remaining
         return math.inf if remaining is None else float(remaining)

@@ -1,4 +1,4 @@
-"""Validation of the arguments of ``@budgeted`` and ``hold_budget`` when they are used, before the first call."""
+"""Checks of the arguments of ``@budgeted`` and ``hold_budget``, made when the arguments are given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_hold_arguments(
         budget: a name, or a mapping of names to estimates.
         estimate: an amount; ``None`` if ``budget`` is a mapping.
         computed: whether ``estimate`` may be a function, which computes the estimate at each call.
-        limiter: the limiter that must have the budgets; not checked if it is a function or ``None``.
+        limiter: the limiter, which must have the budgets; this is not checked if ``limiter`` is a function or ``None``.
 
     Raises:
         InvalidArgument: an argument is invalid.

@@ -1,11 +1,10 @@
-"""Claims of calls on the hold in whose block the calls run.
+"""Claims on a hold: the calls inside a hold's block share the hold.
 
-To claim is to set a part of the hold aside for one call. Each call claims its worst case, and accrues its cost on the
-hold.
+A claim sets a part of the hold aside for one call. Each call claims its worst case, and accrues its cost on the hold.
 
 Invariant, for every budget of the hold and any number of tasks or threads: ``accrued + claimed <= reserved``. If a
-claim does not fit, the hold grows first. Only a cost above the call's worst case can break the invariant, because spent
-money is recorded in any case.
+claim does not fit, the hold grows first. Only a call that costs more than its worst case can break the invariant:
+the money is spent, so the cost is recorded.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from ktrdr_budget.money import AmountIn, from_units
 __all__ = ["BlockExit", "HoldClaim", "claimable_hold"]
 
 BlockExit = tuple[bool, OnError, Callable[[], object]]
-"""How the block of a hold ended: whether the block failed, the hold's ``on_error``, and the function that stops the
-hold's heartbeats."""
+"""The end of a hold's block, as a tuple: whether the block failed, the hold's ``on_error``, and a function that stops
+the hold's heartbeats."""
 
 
 def claimable_hold(limiter: object) -> HoldBase | None:
     """Return the hold from which a new call of this limiter must claim; ``None`` if the call needs its own reservation.
 
-    This is the innermost hold around the calling code, if the limiter granted it and it is open to new calls.
+    This is the innermost hold around the calling code. It must be granted by this limiter, and be open to new calls.
     """
     hold = current_hold.get()
     if hold is None or hold.settled or hold.settling or not hold.belongs_to(limiter):
@@ -55,7 +54,7 @@ class _SharedClaims:
         """The claim for which the hold is growing now."""
         self.lock: Any = asyncio.Lock() if isinstance(hold, AsyncHold) else threading.Lock()
         self.failures = 0
-        """Number of growths of the hold that had no reply from the store."""
+        """Number of requests to grow the hold to which the store did not reply."""
         self.open = 0
         """Number of calls in progress."""
         self.left: BlockExit | None = None
@@ -178,8 +177,8 @@ class HoldClaim:
         """Drop the claim, whether or not the call began.
 
         Returns:
-            How the hold's block ended, if the block has ended and this was the last call in progress. The caller must
-            then settle the hold. Otherwise ``None``.
+            The end of the hold's block, if the caller must now settle the hold: the block has ended, and this was the
+            last call in progress. Otherwise ``None``.
         """
         with self._hold.lock:
             self._set_claimed({})

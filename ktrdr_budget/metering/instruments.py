@@ -1,4 +1,6 @@
-"""A span and metrics for each call, by the GenAI semantic conventions of OpenTelemetry, without prompts or answers.
+"""A span and metrics for each call. They follow the GenAI semantic conventions of OpenTelemetry.
+
+Neither the span nor the metrics contain prompts or answers.
 
 Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Spans are
 recorded only if the process has set a tracer provider, and metrics only if it has set a meter provider.
@@ -50,7 +52,7 @@ _PROVIDERS = {
     "mistral": "mistral_ai",
     "x-ai": "x_ai",
 }
-"""The names of providers in the price list, and their names in the conventions if these differ."""
+"""Maps the name of a provider in the price list to the name in the conventions, if the two names differ."""
 
 TOKEN_BUCKETS = [float(4**power) for power in range(14)]
 DURATION_BUCKETS_S = [round(0.01 * 2**power, 2) for power in range(14)]
@@ -59,7 +61,7 @@ _instruments: tuple[Any, ...] | None = None
 
 
 class CallInstruments:
-    """The span and the measurements of one call, from before its reservation until it is settled.
+    """The span and the measurements of one call. They begin before the reservation and end with the settlement.
 
     Args:
         current: whether the call's span becomes the current span; false if the call may end in another context.
@@ -99,7 +101,7 @@ class CallInstruments:
         """End the span and record the metrics.
 
         Args:
-            charged: the dollar budgets of the call.
+            charged: the names of the budgets in dollars to which the cost is charged.
         """
         if self._span.recording:
             self._span.set_attribute(ESTIMATED, estimated)
@@ -143,7 +145,7 @@ class CallInstruments:
 
 
 def error_type(error: BaseException) -> str:
-    """Return the value of ``error.type``: the provider's name of the error, else the HTTP status, else the class."""
+    """Return the value of ``error.type``: the provider's name for the error, or the HTTP status, or the class name."""
     name = getattr(error, "error_type", None)
     status = getattr(error, "status_code", None)
     return name if isinstance(name, str) else str(status) if isinstance(status, int) else type(error).__qualname__

@@ -1,4 +1,4 @@
-"""Internal operations of a limiter that metering needs, with one signature for sync and async limiters.
+"""The internal operations of limiters that metering needs. Sync and async limiters have the same signatures here.
 
 Functions that reach the store return the result for a :class:`BudgetLimiter`, and an awaitable for an
 :class:`AsyncBudgetLimiter`.
@@ -44,7 +44,7 @@ def _settle(limiter: Any, flow: Any, operation: str) -> Any:
 
 
 def leave_hold(limiter: Any, hold: HoldBase, block_exit: BlockExit) -> Any:
-    """Settle a hold whose block has ended, as the end of a ``limiter.hold(...)`` block does."""
+    """Settle a hold whose block has ended. A ``limiter.hold(...)`` block ends in the same way."""
     return limiter.leave(hold, *block_exit)
 
 

@@ -23,8 +23,8 @@ class Meter:
     Tasks or threads can share a meter. Use ``async with meter.call(...)`` with an :class:`AsyncBudgetLimiter`, and
     ``with meter.call(...)`` with a :class:`BudgetLimiter`.
 
-    A call inside ``limiter.hold(...)`` claims its worst case from that hold, for the budgets
-    that the hold covers, and grows the hold if needed.
+    Inside ``limiter.hold(...)``, a call reserves nothing on the budgets that the hold covers. The call claims its worst
+    case from the hold, and grows the hold if needed.
 
     Args:
         budgets: the budgets charged by each call: dollars, ``tokens`` (input and output), ``requests`` (1 per call),
@@ -34,7 +34,7 @@ class Meter:
         on_expiry: the amount charged on expiry, as for :meth:`AsyncBudgetLimiter.reserve`.
 
     Raises:
-        InvalidArgument: an argument is invalid, or a budget has a unit that calls cannot be counted in.
+        InvalidArgument: an argument is invalid, or a budget has a unit that a meter cannot count.
         UnknownBudget: the limiter has no such budget.
     """
 

@@ -9,7 +9,7 @@ its cost is committed, or its reservation is released or kept.
                       |---report(usage)-----> if the call breaks off, the reported cost is committed as an estimate
                       |---unreported()------> the worst case is committed as an estimate
                       |---rejected()--------> released: the provider did not accept the call
-                      `---unknown()---------> kept until it expires and is charged: the provider may have worked
+                      `---unknown()---------> kept until it expires and is charged: the provider may bill the call
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Outcome = Literal["open", "finished", "unreported", "rejected", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class CallTerms:
-    """The terms shared by all calls of one meter: limiter, prices, budgets."""
+    """What all calls of one meter have in common: limiter, prices, budgets."""
 
     limiter: AsyncBudgetLimiter | BudgetLimiter
     pricer: Pricer
@@ -66,7 +66,7 @@ class CallTerms:
         return isinstance(self.limiter, AsyncBudgetLimiter)
 
     def count(self, *, nanos: int, tokens: int, slots: int) -> dict[str, int]:
-        """The units of one call in each budget."""
+        """Return, for each budget, how many of the budget's units one call uses."""
         counts = {"usd": nanos, "tokens": tokens, "requests": 1, "slots": slots}
         return {name: counts[unit] for name, unit in self.units.items()}
 
@@ -134,7 +134,7 @@ class MeteredCall:
         self.estimated = False
         """Whether the committed amount is not the provider's final figure."""
         self.hold: HoldBase | None = None
-        """The call's own reservation; ``None`` before entering, or if an enclosing hold covers all its budgets."""
+        """The call's own reservation; ``None`` before entering, or if an enclosing hold covers the call's budgets."""
         self._service_tier = service_tier
         self._other_max = other_max
         self._current = current
@@ -176,7 +176,7 @@ class MeteredCall:
     def finish(self, usage: Usage) -> None:
         """Report the provider's final usage. Leaving the block commits its cost; other reports have no effect.
 
-        A usage without input is not credible, and counts as :meth:`unreported`. It is credible in two cases only:
+        A usage without input is not credible, and counts as :meth:`unreported`. There are two exceptions:
         ``input_tokens_max`` is 0, or the usage has other billed units.
 
         Raises:
@@ -208,7 +208,7 @@ class MeteredCall:
             self._outcome, self.usage, self.cost = "rejected", None, None
 
     def unknown(self) -> None:
-        """Report a timeout or a lost connection: the provider may have worked, and may bill the call."""
+        """Report a timeout or a lost connection, after which the provider may still bill the call."""
         if not self._is_final():
             self._outcome = "unknown"
 
@@ -429,7 +429,7 @@ class MeteredCall:
 def _check_counts(**counts: object) -> None:
     for name, count in counts.items():
         if type(count) is not int or not 0 <= count <= _TOKENS_MAX:
-            raise InvalidArgument(f"{name} must be a whole number, not negative, not {count!r}")
+            raise InvalidArgument(f"{name} must be a non-negative whole number, not {count!r}")
 
 
 def _check_texts(**texts: object) -> None:

@@ -83,9 +83,9 @@ class PriceList:
         """All prices at which a call may be billed; empty if the model is not listed.
 
         Args:
-            service_tier: the tier that the request names. The standard prices are included too, because a call that
-                finds its tier full is served by the standard tier. If ``None``, the provider chooses the tier, so the
-                prices of all tiers are included.
+            service_tier: the tier that the request names. The standard prices are included too, because
+                the standard tier serves the call if the named tier is full. If ``None``, the provider chooses the tier,
+                so the prices of all tiers are included.
         """
         if service_tier is not None:
             found = [self.rates(provider, model, at, tier) for tier in ("", service_tier)]
@@ -125,7 +125,7 @@ class PriceList:
 
 
 def _minute(at: datetime) -> int:
-    """Return the minute of a time, a cache key: listed prices change at whole minutes only."""
+    """Return the minute of a time, for use as a cache key. Listed prices change at whole minutes only."""
     return int(at.timestamp()) // 60
 
 
@@ -137,9 +137,9 @@ def _remember(cache: dict[Key, Value], key: Key, value: Value) -> Value:
 
 
 def _context(service_tier: str) -> dict[str, str] | None:
-    """Return the list's selector for a tier; ``None`` for the standard tier.
+    """Return the selector of a tier in the price list; ``None`` for the standard tier.
 
-    The selector contains the names that the request parameter for the tier has at the various providers.
+    Providers use different names for the request parameter that selects the tier. The selector contains all names.
     """
     return dict.fromkeys(("service_tier", "speed", "processing"), service_tier) if service_tier else None
 

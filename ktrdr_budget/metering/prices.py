@@ -23,7 +23,7 @@ from ktrdr_budget.money import AmountIn, to_units
 __all__ = ["Cost", "CostLine", "ModelPrice", "Pricer", "Prices", "load_prices"]
 
 FIXED = "fixed"
-"""The :attr:`Cost.source` of the fixed cost."""
+"""The value of :attr:`Cost.source` if the cost is the fixed cost."""
 _NOTHING: Mapping[str, int] = {}
 
 
@@ -129,7 +129,7 @@ class Prices:
     ) -> Prices:
         """Read ``KTRDR_PRICES_FILE`` (a TOML file) and ``KTRDR_FIXED_CALL_COST`` (dollars).
 
-        ``overrides`` take precedence.
+        ``overrides`` take precedence over the prices in the file.
 
         Raises:
             InvalidArgument: a value is invalid, or the file cannot be read.
@@ -198,8 +198,8 @@ class Prices:
     ) -> Cost:
         """See :meth:`Pricer.worst_case`.
 
-        The most expensive tier that may bill the call is assumed, and its most expensive rate of input, including that
-        of cache writes.
+        The most expensive tier that may bill the call is assumed. All input is priced at the highest input rate of that
+        tier, which may be the rate of cache writes.
         """
         configured = self._configured(provider, model)
         candidates = (
@@ -231,7 +231,9 @@ class Prices:
 
 
 def load_prices(path: str | os.PathLike[str]) -> list[ModelPrice]:
-    """Read the ``[[prices]]`` of a TOML file: ``provider, model, input, output, cached_input, cache_write, request``.
+    """Read the ``[[prices]]`` tables of a TOML file.
+
+    The keys of a table are ``provider, model, input, output, cached_input, cache_write, request``.
 
     Raises:
         InvalidArgument: the file cannot be read, or contains an invalid price.
@@ -264,7 +266,7 @@ def _reason(error: Exception) -> str:
 
 
 def exact_price(price: AmountIn, name: str) -> Decimal:
-    """Convert a price in dollars exactly. The price may have more decimals than a nano-dollar.
+    """Convert a price in dollars exactly. A price, unlike an amount, may contain a fraction of a nano-dollar.
 
     Args:
         name: the name of the price, for the error.

@@ -16,7 +16,7 @@ from ktrdr_budget.money import MAX_UNITS, NANOS_PER_USD, Amount, amount_bound, f
 __all__ = ["UNITS", "Cost", "CostLine", "Rate", "Rates", "Unit"]
 
 EXACT_CONTEXT = Context(prec=100)
-"""More decimal digits than any product of a price and a count has."""
+"""A context with more decimal digits than any product of a price and a count has."""
 _NAMES = {
     "input_tokens": "input",
     "cache_read_tokens": "cached input",
@@ -33,15 +33,16 @@ _TOKENS_PER_PRICE = 1_000_000
 class Unit:
     """A billed unit, such as input tokens.
 
-    A unit that has all dimensions of another unit and more is a part of that unit: cache reads are a part of the input.
+    A unit is a part of another unit if it has all dimensions of that unit, and further dimensions. For example, cache
+    reads are a part of the input.
     """
 
     name: str
     per: int
-    """How many of the units one price pays for, such as a million tokens."""
+    """The number of units to which a price refers: a million for tokens."""
     dimensions: frozenset[tuple[str, str]]
     direction: str | None = field(init=False, repr=False, compare=False)
-    """``input`` or ``output`` for tokens."""
+    """The direction of tokens: ``input`` or ``output``. For other units: ``None``."""
 
     def __post_init__(self) -> None:
         names = dict(self.dimensions)
@@ -62,18 +63,18 @@ UNITS = (
     Unit("output_tokens", _TOKENS_PER_PRICE, frozenset(_OUTPUT)),
     Unit("requests", 1, frozenset({("family", "requests")})),
 )
-"""The units of a configured price."""
+"""The units that have a price in :class:`ModelPrice`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostLine:
-    """A part of a cost: ``count`` units at ``price`` per ``per`` units."""
+    """One line of a cost: ``count`` units. ``per`` units cost ``price`` dollars."""
 
     name: str
     """``input``, ``cached input``, ``cache write``, ``output``, ``request``, …"""
     count: int
     price: Decimal
-    """Dollars."""
+    """The price of ``per`` units, in dollars."""
     per: int
 
     @property
@@ -123,7 +124,7 @@ class _TierPrice:
     price: Decimal
     per: int
     scaled: int
-    """Nano-dollars per unit, multiplied by the common denominator of all prices of the model: a whole number."""
+    """Nano-dollars per unit, scaled to a whole number by the common denominator of all prices of the model."""
 
 
 class Rates:
@@ -182,10 +183,10 @@ class Rates:
         return frozenset(rate.unit.name for rate in self._rates)
 
     def cost(self, usage: Usage) -> Cost | None:
-        """The cost of a usage; ``None`` if a part of it has no price.
+        """The cost of a usage; ``None`` if a unit that was used has no price.
 
         Raises:
-            InvalidArgument: parts exceed their whole.
+            InvalidArgument: the parts of a unit add up to more than the unit.
         """
         counts = _counts(usage)
         if not self._prices_all(usage.input_tokens, usage.output_tokens, usage.other):
@@ -195,7 +196,7 @@ class Rates:
             total = counts.get(rate.unit.name, 0)
             own_count = total - sum(own_counts[part] for part in parts)
             if own_count < 0:
-                raise InvalidArgument(f"the parts of {rate.unit.name} exceed {total}")
+                raise InvalidArgument(f"the parts of {rate.unit.name} add up to more than {total}")
             own_counts.append(own_count)
         prices = self._tier_prices
         return self._sum(
@@ -203,7 +204,7 @@ class Rates:
         )
 
     def cost_max(self, input_tokens_max: int, output_tokens_max: int, other_max: Mapping[str, int]) -> Cost | None:
-        """The highest cost of a call within these bounds; ``None`` if a part of it has no price."""
+        """The highest cost of a call within these bounds; ``None`` if a unit that may be used has no price."""
         if not self._prices_all(input_tokens_max, output_tokens_max, other_max):
             return None
         counts = {"requests": 1, **other_max, "input": input_tokens_max, "output": output_tokens_max}

@@ -1,6 +1,6 @@
 """Prometheus metrics of the agent's research cycles.
 
-Counters and histograms count in one replica; panels sum them over the replicas. The gauges ``agent_budget_*_dollars``
+Counters and histograms describe one replica; dashboards add up all replicas. The gauges ``agent_budget_*_dollars``
 describe the store and are read at scrape time by :mod:`~ktrdr_budget.telemetry.metrics`.
 """
 
@@ -64,7 +64,7 @@ class AgentMetrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Export every counter at 0, because a rate misses the event with which a counter first appears."""
+        """Export every counter at 0. If a counter first appeared with its first event, a rate would miss that event."""
         for outcome in OUTCOMES:
             self._cycles.labels(outcome)
         for phase in PHASES:
@@ -85,11 +85,11 @@ class AgentMetrics:
         self._phase_seconds.labels(_known(phase, PHASES)).observe(seconds)
 
     def gate(self, gate: str, passed: bool) -> None:
-        """Count the decision of a gate, ``training`` or ``backtest``."""
+        """Count one decision of the ``training`` gate or the ``backtest`` gate."""
         self._gates.labels(_known(gate, GATES), "pass" if passed else "fail").inc()
 
     def tokens(self, phase: str, count: int) -> None:
-        """Count the input and output tokens of a model call in ``design`` or ``assessment``."""
+        """Add the input and output tokens of a model call in the phase ``design`` or ``assessment``."""
         self._tokens.labels(_known(phase, MODEL_PHASES)).inc(count)
 
     def observe(self, observation: Observation) -> None:

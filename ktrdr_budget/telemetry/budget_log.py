@@ -1,4 +1,4 @@
-"""Log of a limiter's spend on the agent's budget, and of its denials."""
+"""Logging of a limiter's denials and of its spend on the agent's budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CALLER_LOGS", "BudgetLog"]
 
 CALLER_LOGS: contextvars.ContextVar[str] = contextvars.ContextVar("caller_logs", default="")
-"""The budget whose denials the caller logs itself, so that :class:`BudgetLog` does not; empty if there is none."""
+"""The budget whose denials are logged by the caller, and not by :class:`BudgetLog`; empty if there is none."""
 
 
 class BudgetLog:
@@ -29,8 +29,8 @@ class BudgetLog:
 
     Pass :meth:`observe` to the limiter as an ``observer``, then pass the limiter to :meth:`watch`.
 
-    Spend is logged with the status of the window, which is read just after the spend. One read serves all spend that
-    waits for a log line. The reads are part of no trace.
+    A log line about spend also shows the status of the window. This status is read just after the spend. If several
+    lines are waiting, they share one read. The reads belong to no trace.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class BudgetLog:
         self._spent: list[tuple[Amount, str]] = []
         self._writing: asyncio.Task[None] | None = None
         self._silent_until_ms: dict[str, int | None] = {}
-        """For each budget whose denial was logged: the end of the window; ``None`` if it never ends. Until then, no
-        further denial is logged."""
+        """For each budget with a logged denial: the end of the window, or ``None`` if the window never ends. Before
+        that end, no further denial by this budget is logged."""
 
     def watch(self, limiter: AsyncBudgetLimiter) -> None:
         """Use this limiter to read statuses."""
@@ -51,7 +51,7 @@ class BudgetLog:
             await self._writing
 
     def observe(self, observation: Observation) -> None:
-        """Log the spend of a finished call, or its denial."""
+        """Log a finished call if the call spent money or was denied."""
         result, error = observation.result, observation.error
         if isinstance(error, BudgetExceeded):
             if error.budget != observation.context.get(CALLER_LOGS):

@@ -24,8 +24,8 @@ _ADMITTING = ("reserve", "grow")
 def trace_call(observation: Observation) -> None:
     """Write the span of a finished call. Use this function as an ``observer`` of the limiter.
 
-    The span is a child of the caller's current span. If the caller has no recorded span, as in a scrape or a probe, no
-    span is written.
+    The span is a child of the caller's current span. If the caller has no recorded span, no span is
+    written. Scrapes and probes, for example, have none.
     """
     from opentelemetry import context, trace
 

@@ -1,11 +1,12 @@
 """Prometheus metrics of a limiter.
 
 *Figures* (limit, spent, held, …) describe the store. They are read at scrape time. While a figure is unknown, it is
-absent, because the value 0 would be wrong. *Counters* and *histograms* count in one replica: an observer of the limiter
+absent, because the value 0 would be wrong. *Counters* and *histograms* describe one replica. An observer of the limiter
 updates them.
 
 No metric is registered globally. If a replica has several processes on one port, set ``PROMETHEUS_MULTIPROC_DIR``
-before the first import of ``prometheus_client``: the processes then count in files of that directory.
+before the first import of ``prometheus_client``: the processes then share their counters through files
+in that directory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class LimiterMetrics:
     Pass :meth:`observe` to the limiter as an ``observer``, then pass the limiter to :meth:`watch`.
 
     Args:
-        registry: the registry of counters and histograms, which :meth:`render` includes; by default a new registry.
+        registry: a registry for the counters and histograms; by default a new one. :meth:`render` includes its
+            metrics.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -127,9 +129,9 @@ class LimiterMetrics:
             self._overruns.labels(budget.name)
 
     def add(self, collector: Collector) -> None:
-        """Add a collector of figures of the store to :meth:`render`.
+        """Include the metrics of a collector in :meth:`render`. The collector's metrics must describe the store.
 
-        While the store does not reply, the figures are absent.
+        While the store does not reply, these metrics are absent.
         """
         self._collectors.append(collector)
 
@@ -225,7 +227,7 @@ class LimiterMetrics:
 
 
 class _Families(Collector):
-    """Adapts collected metrics for the encoders."""
+    """A collector of metrics that are already collected. The encoders accept only collectors."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families

@@ -58,7 +58,7 @@ _REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
 
 
 def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
-    """Return outcome and reason of a call that may reserve; the reason is empty for a grant."""
+    """Return the outcome of a reservation and the reason for this outcome; the reason is empty without an error."""
     if error is None:
         if getattr(result, "replayed", False):
             return "replayed", ""

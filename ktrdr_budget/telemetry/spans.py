@@ -179,9 +179,9 @@ class Span:
         """Record an exception as an event, without changing the span's status.
 
         Args:
-            words: a text to record in place of the message, the causes and the lines of code, which may quote
-                confidential text. If empty, only the type and the places in the code are recorded. If ``None``,
-                everything is recorded, with secrets masked.
+            words: a text that replaces the exception's message, causes and lines of code, because these may quote
+                confidential text. If the text is empty, only the type and the places in the code are recorded. If
+                ``words`` is ``None``, everything is recorded, with secrets masked.
         """
         if not self._span.is_recording():
             return
@@ -212,7 +212,7 @@ def _places(error: BaseException) -> list[str]:
 def ending_of(error: BaseException) -> Attributes:
     """Return the attributes of a block that ended by a cancellation or a denial; empty for any other exception.
 
-    If its consumer closes a generator, the generator counts as cancelled.
+    A generator counts as cancelled if its consumer closes the generator.
     """
     if isinstance(error, (CancelledError, GeneratorExit)):
         return {"outcome": "cancelled"}
@@ -233,7 +233,7 @@ def _text_of(error: BaseException) -> str:
 def _detach(token: Token[Context]) -> None:
     """Restore the context that was current before ``opentelemetry.context.attach``.
 
-    A generator may be closed in another context than it was started in. Nothing can be restored in that context, and
+    A generator may be closed in another context than it was started in. Then nothing can be restored, and
     OpenTelemetry's own ``detach`` would log an error (opentelemetry-python #2606).
     """
     with suppress(ValueError):

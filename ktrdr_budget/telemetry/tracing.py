@@ -1,7 +1,7 @@
 """OpenTelemetry tracing of the service: configuration, instrumentation and export.
 
-The standard environment variables configure it, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an endpoint,
-nothing is installed or exported.
+The standard environment variables configure the tracing, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an
+endpoint, nothing is installed or exported.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ EXCLUDED_PATHS = (
     *("docs", "docs/oauth2-redirect", "redoc", r"openapi\.json"),
     *("api/v1/agent/status", "api/v1/agent/budget"),
 )
-"""Probes, scrapes, documents and polls, which are not traced."""
+"""The paths of requests that are not traced: probes, scrapes, API documentation, and polls of the agent."""
 EXPORTERS = {
     "http/protobuf": ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "ktrdr-budget[tracing]"),
     "grpc": ("opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry-exporter-otlp-proto-grpc"),
@@ -81,7 +81,7 @@ def configure_tracing(service_name: str = SERVICE_NAME) -> bool:
     kept: :func:`operation_processor` is added to it, and the result is false.
 
     Args:
-        service_name: the service, unless ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES`` names another.
+        service_name: the name of the service; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` override it.
     """
     global _configured
     if _configured is not None:
@@ -324,7 +324,7 @@ def operation_processor() -> SpanProcessor:
 
 
 def _add_operation_processor() -> bool:
-    """Return whether the process has a tracer provider of its own; if so, add :func:`operation_processor` to it."""
+    """Add :func:`operation_processor` to the process's own tracer provider; return whether the process has one."""
     from opentelemetry import trace
 
     provider: Any = trace.get_tracer_provider()
@@ -334,7 +334,7 @@ def _add_operation_processor() -> bool:
 
 
 class _Quiet(logging.Filter):
-    """A filter that passes at most one error per minute, and masks secrets in it.
+    """A log filter that passes at most one error per minute, with secrets masked.
 
     Without the filter, every export to an unreachable collector would log an error.
     """

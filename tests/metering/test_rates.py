@@ -47,7 +47,7 @@ def test_counts_of_zero_need_no_price():
 
 def test_a_usage_with_more_audio_tokens_than_input_tokens_is_refused():
     audio = Unit("input_audio_tokens", 1_000_000, INPUT.dimensions | {("modality", "audio")})
-    with pytest.raises(InvalidArgument, match="the parts of input_tokens exceed 10"):
+    with pytest.raises(InvalidArgument, match="the parts of input_tokens add up to more than 10"):
         rates((INPUT, 10), (audio, 5)).cost(Usage(10, other={"input_audio_tokens": 11}))
 
 

@@ -1,12 +1,12 @@
-"""One call of an SDK's method: the attempts that the SDK makes for it, and the metered calls that pay for them.
+"""One call of an SDK's method. The SDK may make several attempts for one call. Metered calls pay for the attempts.
 
 ::
 
     request(...) of the client            one SDKCall
-      └─ send(...) of its HTTP client     one attempt: reserve -> send -> settle, or pass on to the stream
-           rejected (4xx, 5xx, never sent)      the reservation serves the next attempt, and is released at the end
-           unknown (timeout, lost connection)   likewise, but if no attempt is answered, the reservation is kept: the
-                                                provider may have worked
+      └─ send(...) of its HTTP client     one attempt: reserve -> send -> settle (a stream settles at its end)
+           rejected (4xx, 5xx, never sent)      the next attempt uses the reservation; after the last, it is released
+           unknown (timeout, lost connection)   the next attempt uses the reservation; after the last, it is kept,
+                                                because the provider may bill the attempt
            answered                             the reported usage is committed
 """
 
@@ -26,7 +26,7 @@ from ktrdr_budget.metering.metered_call import MeteredCall
 __all__ = ["CallAborted", "SDKCall", "current_sdk_call", "error_outcome", "status_outcome"]
 
 AttemptOutcome = Literal["answered", "rejected", "unknown"]
-"""``answered``: the usage is billed; ``rejected``: nothing is billed; ``unknown``: the provider may have worked."""
+"""``answered``: the usage is billed; ``rejected``: nothing is billed; ``unknown``: it may have been billed."""
 
 _NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 
@@ -68,12 +68,14 @@ class SDKCall:
         self.call: MeteredCall | None = None
         """The metered call with the open reservation. The next attempt uses it, or :meth:`end` settles it."""
         self.may_be_billed = False
-        """Whether the provider may have worked for an attempt that was not answered."""
+        """Whether the provider may bill an attempt that was not answered."""
         self._bound: Bound | None = None
         self._route = ""
 
     def prepare(self, request: Any, *, stream: bool) -> tuple[Any, Bound | None]:
-        """Return the request to send, and its bound. The bound is ``None`` if the request is free or is sent unmetered.
+        """Return the request to send, and the bound on its usage.
+
+        The bound is ``None`` if the request is free or is sent unmetered.
 
         Raises:
             CallAborted: the request must not be sent.
@@ -106,7 +108,9 @@ class SDKCall:
             raise CallAborted(UnmeteredCall(f"a request to {path} has an unknown format")) from None
 
     def reserve(self, bound: Bound) -> DualFlow[MeteredCall]:
-        """Return the call with the open reservation if that covers the attempt. Otherwise reserve for a new call.
+        """Return the metered call that pays for the attempt.
+
+        If the open reservation covers the attempt, its call is returned. Otherwise a new call reserves.
 
         Raises:
             BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`MeteredCall`.
@@ -131,10 +135,10 @@ class SDKCall:
         return self.call
 
     def end(self, error: BaseException | None) -> DualFlow[None]:
-        """Settle an unanswered call: release the reservation, or keep it if the provider may have worked.
+        """Settle an unanswered call: release the reservation, or keep it if the provider may bill an attempt.
 
         Args:
-            error: the error that the caller receives; ``None`` without one.
+            error: the error that the caller receives; ``None`` if there is no error.
         """
         call, self.call = self.call, None
         if call is not None:
@@ -162,7 +166,7 @@ def _json_body(request: Any, path: str) -> dict[str, Any]:
 
 
 def _apply(changes: dict[str, Any], content: bytes, body: dict[str, Any]) -> bytes:
-    """Apply changes to a serialised body; a change to ``None`` removes the field."""
+    """Return the serialised body with the changes applied. A field that is changed to ``None`` is removed."""
     if not body or changes.keys() & body.keys() or not content.startswith(b"{"):
         changed = {**body, **changes}
         kept = {name: value for name, value in changed.items() if value is not None or name not in changes}

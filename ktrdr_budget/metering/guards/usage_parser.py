@@ -13,7 +13,8 @@ __all__ = ["UsageParser", "count_of"]
 class UsageParser:
     """Base class of the parsers, one per response format. Each attempt of a call has its own parser.
 
-    Within a stream the maximum of each field counts: a later event with a lower count, or without one, changes nothing.
+    Within a stream, the highest count of each field is kept. A later event with a lower count, or without the field,
+    changes nothing.
     """
 
     def __init__(self, bound: Bound) -> None:
@@ -35,14 +36,14 @@ class UsageParser:
         raise NotImplementedError
 
     def parse_event(self, event: dict[str, Any]) -> None:
-        """Parse an event of a stream that may report usage, the end, or an error."""
+        """Parse one event of a stream. The event may report usage, the end, or an error."""
         raise NotImplementedError
 
     def skip(self, data: bytes) -> None:
-        """Note raw events that contain output only. The base class ignores such events."""
+        """Process raw events that contain output only. The base class ignores them."""
 
     def end(self) -> None:
-        """Note the end of the response."""
+        """Record that the response has ended."""
         self.ended = True
 
     def is_usage_only(self, event: dict[str, Any]) -> bool:
@@ -50,7 +51,7 @@ class UsageParser:
         return False
 
     def merge(self, reported: object) -> bool:
-        """Merge a usage object into the usage so far; return whether it was a non-empty object."""
+        """Merge ``reported`` into the usage so far. Return whether ``reported`` is a non-empty object."""
         if not isinstance(reported, dict) or not reported:
             return False
         merge_counts(self._counts, reported)
@@ -58,21 +59,23 @@ class UsageParser:
         return True
 
     def usage_of(self, counts: dict[str, Any]) -> Usage | None:
-        """Convert the provider's fields; ``None`` if they are not credible."""
+        """Convert the provider's counts to a usage; ``None`` if the counts are not credible."""
         raise NotImplementedError
 
     def is_credible(self, input_tokens: int, output_tokens: int | None) -> bool:
-        """Whether a call can have used these counts: every call has input, and reports its output.
+        """Whether a call can have these counts.
+
+        Every call has input. Only a call without output, such as embeddings, may omit the count of output tokens.
 
         Args:
             input_tokens: all input, including cached input.
-            output_tokens: ``None`` if not reported, which is credible for calls without output (embeddings).
+            output_tokens: ``None`` if the provider did not report the count.
         """
         return input_tokens > 0 and (output_tokens is not None or self.bound.output_tokens_max == 0)
 
 
 def merge_counts(known: dict[str, Any], reported: dict[str, Any]) -> None:
-    """Merge a usage object into an earlier one: the maximum of each count, the last value of each string."""
+    """Merge ``reported`` into ``known``. Of two counts, keep the higher; of two strings, keep the later."""
     for name, value in reported.items():
         if isinstance(value, dict):
             inner = known.setdefault(name, {})

@@ -429,7 +429,7 @@ class MeteredCall:
 def _check_counts(**counts: object) -> None:
     for name, count in counts.items():
         if type(count) is not int or not 0 <= count <= _TOKENS_MAX:
-            raise InvalidArgument(f"{name} must be a non-negative whole number, not {count!r}")
+            raise InvalidArgument(f"{name} must be a whole number of at least 0, not {count!r}")
 
 
 def _check_texts(**texts: object) -> None:

@@ -1,4 +1,4 @@
-"""Outcomes of a cycle on its spans, and text that no span may contain."""
+"""The spans of a cycle: the outcome that they show, and the text that no span may contain."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Verbose:
 
 @pytest.fixture
 async def made(make_stage):
-    """A stage with such a model, and the model."""
+    """A stage whose language model is a :class:`Verbose`, and this model."""
     models: list[Verbose] = []
 
     def make_llm(limiter: AsyncBudgetLimiter) -> Verbose:
@@ -99,7 +99,7 @@ async def test_the_span_of_the_assessment_phase_shows_the_verdict_but_not_the_su
     assert {status_of(recorded, f"agent.phase.{name}") for name in phases} == {("UNSET", "completed")}
 
 
-async def test_after_a_failed_model_call_the_spans_show_the_error_type_and_stack_trace_but_no_message(recorded, made):
+async def test_the_spans_show_the_error_type_and_stack_trace_of_a_failed_model_call_but_no_message(recorded, made):
     stage, model = made
     model.fails = True
     cycle = await run(stage)
@@ -114,7 +114,9 @@ async def test_after_a_failed_model_call_the_spans_show_the_error_type_and_stack
     assert recorded["agent.phase.design"].attributes["tokens"] == 107, "tokens of the failed call included"
 
 
-async def test_after_a_model_reply_the_spans_show_an_error_message_only_if_the_error_is_of_this_package(recorded, made):
+async def test_the_spans_show_an_error_message_after_a_model_reply_only_if_this_package_raised_the_error(
+    recorded, made
+):
     stage, _ = made
 
     async def designed(text: str) -> Design:
@@ -179,7 +181,7 @@ async def test_the_spans_of_a_cancelled_cycle_have_the_outcome_cancelled_and_no_
     assert recorded["agent.phase.design"].attributes["tokens"] == 107
 
 
-async def test_if_the_budget_denies_a_model_call_the_spans_show_the_reason_but_no_error(recorded, made):
+async def test_the_spans_show_the_reason_but_no_error_if_the_budget_denies_a_model_call(recorded, made):
     stage, model = made
     model.output_tokens_max = 10_000
     cycle = await run(stage)

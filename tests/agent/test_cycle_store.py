@@ -59,7 +59,7 @@ async def test_the_result_of_an_ended_cycle_cannot_be_changed(store):
     assert await store.beat("op_1", "a", Progress()) == ""
 
 
-async def test_after_a_cancellation_request_the_next_progress_report_returns_the_status_cancelling(store):
+async def test_the_first_progress_report_after_a_cancellation_request_returns_the_status_cancelling(store):
     assert await store.cancel("op_1") == ""
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.cancel("op_1") == "cancelling"
@@ -115,7 +115,7 @@ async def test_a_cycle_is_marked_as_lost_only_after_the_deadline_of_its_hold(lim
     assert (figures.held, figures.unconfirmed) == (Decimal("0.20"), Decimal("0.15"))
 
 
-async def test_after_the_hold_is_committed_a_progress_report_still_finds_the_cycle_running(limiter, store):
+async def test_a_progress_report_still_finds_the_cycle_running_after_the_hold_was_committed(limiter, store):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=60)
     await store.start("op_1", "a", 1, Progress())
     assert await store.beat("op_1", "a", Progress()) == "running"

@@ -55,7 +55,7 @@ def test_each_threshold_can_be_set_by_an_environment_variable(field: str, variab
 
 @pytest.mark.parametrize("text", ["high", "0,5", "nan", "inf", "-inf", "1e999", "50%"])
 @pytest.mark.parametrize("variable", VARIABLES.values())
-def test_if_a_threshold_variable_is_not_a_number_the_error_names_the_variable(variable: str, text: str):
+def test_the_error_names_a_threshold_variable_that_is_not_a_number(variable: str, text: str):
     with pytest.raises(InvalidArgument, match=f"^{variable}: must be a finite number, not '{text}'$") as raised:
         Thresholds.from_environment({variable: text})
     assert not isinstance(raised.value, InvalidAmount)
@@ -144,7 +144,7 @@ def test_the_backtest_gate_passes_if_and_only_if_all_figures_meet_the_thresholds
 
 
 @given(training=st.builds(Training, accuracy=finite, initial_loss=finite, final_loss=finite), stricter=st.floats(0, 10))
-def test_a_training_result_accepted_by_stricter_thresholds_is_accepted_by_the_default_thresholds(
+def test_the_default_thresholds_accept_every_training_result_that_stricter_thresholds_accept(
     training: Training, stricter: float
 ):
     strict = Thresholds(min_accuracy=0.1 + stricter, max_loss=0.8 - stricter, min_loss_decrease=-0.5 + stricter)

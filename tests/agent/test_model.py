@@ -12,7 +12,7 @@ from ktrdr_budget.agent.model import Model, accuracy, fit, log_loss
 
 
 def go_on() -> None:
-    """A pause that never stops."""
+    """A pause callback that never stops the training."""
 
 
 def fitted(rows, labels, *, rate: float = 0.5, epochs: int = 100) -> Model:

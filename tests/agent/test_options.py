@@ -35,7 +35,7 @@ async def test_a_cycle_begins_with_training_if_the_trigger_names_a_strategy(stag
     assert cycle.progress["tokens"] == {"design": 0, "assessment": 1067}
 
 
-async def test_if_the_research_has_no_named_strategies_a_strategy_option_is_rejected_before_the_reservation(stage):
+async def test_a_strategy_option_is_rejected_before_the_reservation_if_the_research_has_no_named_strategies(stage):
     with pytest.raises(UnusableOption, match="this agent's research has no strategies by name"):
         await stage.agent.trigger(strategy="mine")
     assert await stage.figures() == (0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Misbehaving phases and language models of a backend: their cost is counted, and they stop."""
+"""A backend's own phases and language models may misbehave. They are stopped, and their cost is counted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_the_tokens_counted_for_a_cancelled_call_match_the_charged_cost(ma
 
 
 class Unsure:
-    """A model whose calls fail, either rejected without cost or with unknown usage."""
+    """A language model whose calls fail. A failed call was either rejected without cost, or its usage is unknown."""
 
     provider, model = "acme", "road"
 
@@ -154,7 +154,7 @@ async def test_an_assessment_summary_of_any_type_is_recorded_as_text(stage):
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-async def test_if_a_phase_suppresses_a_cancellation_no_further_phase_starts(stage):
+async def test_no_further_phase_starts_after_a_phase_has_suppressed_a_cancellation(stage):
     async def train(*_) -> Training:
         stage.script.entered["training"] += 1
         with contextlib.suppress(asyncio.CancelledError):
@@ -171,7 +171,7 @@ async def test_if_a_phase_suppresses_a_cancellation_no_further_phase_starts(stag
     assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_if_a_phase_suppresses_a_cancellation_the_phase_cannot_send_further_prompts(stage):
+async def test_a_phase_that_suppresses_a_cancellation_cannot_send_further_prompts(stage):
     refused = []
 
     async def design(context) -> Design:
@@ -194,7 +194,7 @@ async def test_if_a_phase_suppresses_a_cancellation_the_phase_cannot_send_furthe
     assert await stage.figures() == (0, 0, 0, 0)
 
 
-async def test_if_a_phase_raises_cancelled_error_without_a_cancel_request_the_cycle_fails(stage):
+async def test_the_cycle_fails_if_a_phase_raises_cancelled_error_without_a_cancel_request(stage):
     async def train(*_) -> Training:
         raise asyncio.CancelledError
 

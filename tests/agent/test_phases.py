@@ -1,4 +1,4 @@
-"""Records of the phases: a backend may add fields, and the loss decreases as a fraction of its beginning."""
+"""The decrease of the loss in a training record, and the protocol of a research with named strategies."""
 
 from __future__ import annotations
 

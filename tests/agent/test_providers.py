@@ -34,13 +34,13 @@ BILLED = Usage(input_tokens=700, output_tokens=123, cache_read_tokens=200)
 
 
 class Provider:
-    """Emulates the streams of both providers; replies as the scripted model does, with usage :data:`BILLED`."""
+    """Emulates the streams of both providers. It replies like the scripted model, with the usage :data:`BILLED`."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.status = 200
         self.stall = False
-        """Stall within the reply until the client disconnects."""
+        """Whether the provider stops within the reply and waits until the client disconnects."""
         self.left = 0
         """Clients that disconnected during the stall."""
 

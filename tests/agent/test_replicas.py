@@ -71,7 +71,10 @@ def samples(replica: ServiceProcess) -> dict[tuple[str, ...], float]:
 
 
 def suspend_in(phase: str, here: ServiceProcess, there: ServiceProcess) -> str:
-    """Suspend a replica whose cycle is in a phase; return the cycle's id. Cycles past the phase are cancelled."""
+    """Suspend the replica ``here`` while its cycle is in ``phase``; return the id of the cycle.
+
+    A cycle that is already past the phase is cancelled, and another cycle is triggered.
+    """
     reached = PHASES[PHASES.index(phase) :]
     while True:
         operation_id = trigger(here)
@@ -85,9 +88,7 @@ def suspend_in(phase: str, here: ServiceProcess, there: ServiceProcess) -> str:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_if_a_replica_is_killed_the_estimate_of_its_cycle_becomes_unconfirmed_and_the_slot_becomes_free(
-    launch: Launch, phase: str
-):
+def test_killing_a_replica_makes_the_estimate_of_the_cycle_unconfirmed_and_frees_the_slot(launch: Launch, phase: str):
     here, there = launch(2, AGENT_PHASE_SECONDS=0.5, AGENT_CYCLE_TTL=2)
     operation_id = suspend_in(phase, here, there)
     spent = budget(there)["today_spend"]

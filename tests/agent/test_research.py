@@ -48,7 +48,7 @@ class Context:
 
 
 class Endless(Context):
-    """A phase context whose threads wait for the test at each pause."""
+    """A phase context that stops a computing thread at each pause until the test sets ``go_on``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,12 +114,12 @@ async def test_cycles_with_different_ids_get_different_designs_and_pass_the_defa
 
 
 def with_other_end(prices: PriceSeries, unchanged: int) -> PriceSeries:
-    """Prices that differ after the first ``unchanged`` days."""
+    """Return a copy of the prices. The copy differs from the original after the first ``unchanged`` days."""
     others = [150 + 50 * (day * 7 % 11) / 11 for day in range(len(prices) - unchanged)]
     return PriceSeries(prices.days, (*prices.closes[:unchanged], *others))
 
 
-async def test_changed_prices_in_the_backtest_period_change_neither_the_model_nor_the_training_figures():
+async def test_the_backtest_prices_affect_neither_the_model_nor_the_training_figures():
     prices, context = bundled_prices(), Context()
     traded_from = 120 + round((len(prices) - 120) * 0.7)
     design = await at_once().design(context)
@@ -129,7 +129,7 @@ async def test_changed_prices_in_the_backtest_period_change_neither_the_model_no
     assert (await changed.backtest(context, design, other)) != (await at_once().backtest(context, design, known))
 
 
-async def test_changed_prices_in_the_validation_period_change_the_figures_but_not_the_model():
+async def test_the_validation_prices_affect_the_training_figures_but_not_the_model():
     prices, context = bundled_prices(), Context()
     measured_from = 120 + round((len(prices) - 120) * 0.5)
     design = await at_once().design(context)
@@ -142,7 +142,7 @@ async def test_changed_prices_in_the_validation_period_change_the_figures_but_no
 # -- unusable replies --------------------------------------------------------------------------------------------------
 
 
-async def test_after_an_unusable_reply_the_prompt_is_sent_again_with_the_reason():
+async def test_the_prompt_is_sent_again_with_the_reason_after_an_unusable_reply():
     good = answer("Strategies: " + '{"momentum": {"description": "", "parameters": {"epochs": [40, 120]}}}')
     bad = Context(answers=["I cannot.", good])
     with pytest.raises(UnusableAnswer, match="momentum_days"):  # the second reply lacks parameters
@@ -151,7 +151,7 @@ async def test_after_an_unusable_reply_the_prompt_is_sent_again_with_the_reason(
     assert "could not be used: there is no JSON object with 'strategy' in it." in bad.asked[1]
 
 
-async def test_after_an_unusable_reply_a_usable_second_reply_is_accepted():
+async def test_a_usable_second_reply_is_accepted_after_an_unusable_first_reply():
     context = Context()
     design = await at_once().design(context)
     again = Context(answers=["", answer(context.asked[0])])
@@ -202,7 +202,7 @@ async def test_a_cancelled_phase_ends_without_waiting_for_the_computing_thread(p
 
 
 @pytest.mark.parametrize("phase", ["train", "backtest"])
-async def test_if_the_context_is_marked_as_cancelled_the_computing_thread_stops(phase: str):
+async def test_the_computing_thread_stops_if_the_context_is_marked_as_cancelled(phase: str):
     design, training, *_ = await cycle(at_once(), Context())
     context = Context()
     context.stop.set()

@@ -30,7 +30,7 @@ def scripted_llm(limiter: AsyncBudgetLimiter, tokens_per_second: float = math.in
 
 
 def dollars(usage: Usage) -> Decimal:
-    """The cost at the contract's price: $15 per million input tokens, $75 per million output tokens."""
+    """The cost at the scripted model's price: $15 per million input tokens, $75 per million output tokens."""
     return (usage.input_tokens * Decimal(15) + usage.output_tokens * Decimal(75)) / 10**6
 
 

@@ -91,7 +91,7 @@ async def test_an_unknown_cycle_cannot_be_cancelled(stage):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_after_an_error_in_a_phase_the_cycle_fails_and_the_spend_so_far_is_committed(stage, phase):
+async def test_a_cycle_fails_and_commits_the_spend_so_far_after_an_error_in_a_phase(stage, phase):
     stage.script.fail_in = phase
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
@@ -108,7 +108,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES)
-async def test_after_a_failed_gate_the_cycle_ends_and_the_spend_so_far_is_committed(stage, gate):
+async def test_a_cycle_ends_and_commits_the_spend_so_far_after_a_failed_gate(stage, gate):
     setattr(stage.script, *GATES[gate])
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "gate_failed")
@@ -177,7 +177,7 @@ async def test_the_denial_suggests_a_retry_at_the_first_deadline_if_other_holds_
     assert 0 < denied.value.retry_after <= 30
 
 
-async def test_if_both_the_slot_and_the_budget_are_held_the_trigger_is_denied_because_of_the_slot(make_stage):
+async def test_a_trigger_is_denied_because_of_the_slot_if_both_the_slot_and_the_budget_are_held(make_stage):
     stage = await make_stage(limit="0.20")
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -185,7 +185,7 @@ async def test_if_both_the_slot_and_the_budget_are_held_the_trigger_is_denied_be
         await stage.agent.trigger()
 
 
-async def test_if_the_slot_is_held_and_the_budget_is_spent_the_trigger_is_denied_because_of_the_budget(make_stage):
+async def test_a_trigger_is_denied_because_of_the_budget_if_the_slot_is_held_and_the_budget_is_spent(make_stage):
     stage = await make_stage(limit="0.20")
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -252,7 +252,9 @@ def failing_start(stage, monkeypatch):
     monkeypatch.setattr(stage.cycle_store, "start", once)
 
 
-async def test_if_a_start_failed_and_the_hold_was_released_a_retry_with_the_same_id_is_a_conflict(stage, failing_start):
+async def test_a_retry_with_the_same_id_is_a_conflict_if_the_start_failed_and_the_hold_was_released(
+    stage, failing_start
+):
     with pytest.raises(StoreUnavailable):
         await stage.agent.trigger("op_1")
     assert await stage.figures() == NOTHING
@@ -261,7 +263,7 @@ async def test_if_a_start_failed_and_the_hold_was_released_a_retry_with_the_same
     assert await stage.cycle_store.get("op_1") is None
 
 
-async def test_if_a_start_failed_and_the_hold_is_still_open_a_retry_with_the_same_id_starts_the_cycle(
+async def test_a_retry_with_the_same_id_starts_the_cycle_if_the_start_failed_and_the_hold_is_still_open(
     stage, failing_start, monkeypatch
 ):
     async def unreachable(_: AsyncHold) -> None:
@@ -307,7 +309,7 @@ async def test_a_cancelled_trigger_either_starts_the_cycle_or_leaves_no_hold(sta
     await until(decided)
 
 
-async def test_at_the_shutdown_of_a_replica_running_cycles_stop_and_the_spend_so_far_is_committed(make_stage):
+async def test_running_cycles_stop_and_commit_the_spend_so_far_at_the_shutdown_of_a_replica(make_stage):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = "backtesting"
     started = await here.agent.trigger()
@@ -319,9 +321,7 @@ async def test_at_the_shutdown_of_a_replica_running_cycles_stop_and_the_spend_so
     assert await there.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_if_a_worker_resumes_after_being_marked_as_lost_the_cycle_stops_and_the_spend_is_committed(
-    make_stage, monkeypatch
-):
+async def test_a_cycle_marked_as_lost_stops_and_commits_the_spend_when_the_worker_resumes(make_stage, monkeypatch):
     here, there = await make_stage(ttl_s=1), await make_stage()
     here.script.wait_in = "training"
     awake = _asleep(here, monkeypatch)

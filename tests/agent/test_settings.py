@@ -15,7 +15,7 @@ FIELDS = {
 }
 
 
-def test_for_unset_and_empty_variables_the_defaults_are_used():
+def test_the_defaults_are_used_for_unset_and_empty_variables():
     assert AgentSettings.from_environment({}) == AgentSettings()
     assert AgentSettings.from_environment(dict.fromkeys(FIELDS, " ")) == AgentSettings()
 

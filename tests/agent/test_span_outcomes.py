@@ -61,14 +61,14 @@ def test_the_message_of_an_error_is_recorded_if_the_phase_made_no_model_call():
     assert span.recorded == [(error, None)]
 
 
-def test_after_a_model_call_the_message_of_an_error_from_outside_this_package_is_not_recorded():
+def test_the_message_of_an_error_from_outside_this_package_is_not_recorded_after_a_model_call():
     error = ValueError("the reply was: secret")
     text, span = outcome_of(error, asked=True)
     assert text == span.failure == "ValueError"
     assert span.recorded == [(error, "")]
 
 
-def test_after_a_model_call_the_message_of_an_error_of_this_package_is_recorded():
+def test_the_message_of_an_error_of_this_package_is_recorded_after_a_model_call():
     text, _ = outcome_of(InvalidArgument("unknown strategy"), asked=True)
     assert text == "InvalidArgument: unknown strategy"
 

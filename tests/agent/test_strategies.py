@@ -22,7 +22,7 @@ CLOSES = generate_prices(5, 200).closes
 
 
 def go_on() -> None:
-    """A pause that never stops."""
+    """A pause callback that never stops the computation."""
 
 
 def middle(name: str) -> dict[str, float]:

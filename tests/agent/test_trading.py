@@ -94,7 +94,7 @@ def test_higher_costs_never_raise_the_equity(days):
 
 @given(days=days, more=days)
 def test_later_days_do_not_change_earlier_equity(days, more):
-    """Except on the last day, at whose end all positions are sold."""
+    """The last day is an exception, because all positions are sold at the end of that day."""
     short = trade([side for side, _ in days], [market for _, market in days], cost=0.01)
     both = trade([side for side, _ in days + more], [market for _, market in days + more], cost=0.01)
     assert both.equity[: len(days)] == short.equity[: len(days)]

@@ -18,7 +18,7 @@ from .support import BUDGETS, Running, Start
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment without the variables of the tests' caller."""
+    """Remove all variables that configure the service from the environment."""
     for name in list(os.environ):
         if name.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_", "OTEL_")):
             monkeypatch.delenv(name)

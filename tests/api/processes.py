@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 
 PATIENT = {"KTRDR_TIMEOUT": "20"}
-"""Other tests may keep the machine busy for longer than the default deadline."""
+"""A long deadline for calls of the store, because other tests may keep the machine busy."""
 
 
 class ServiceProcess:
@@ -68,7 +68,7 @@ class ServiceProcess:
         return httpx.request(method, self.url + path, timeout=60, **options)
 
     def wait_listening(self, within_s: float = WITHIN_S) -> None:
-        """Wait until connections are accepted. A worker that has started serves them."""
+        """Wait until the port accepts connections. They are served by any worker that has started."""
         ends = time.monotonic() + within_s
         while not self.is_listening():
             assert self.process.poll() is None, self.output

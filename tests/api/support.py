@@ -46,7 +46,7 @@ period = "ever"
 
 
 def connect(app: Any, *, key: str = "", address: str = "127.0.0.1") -> httpx.AsyncClient:
-    """A client of an app in this process, with a bearer key and an address."""
+    """A client of an app in this process. The app sees requests with this bearer key and from this address."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(address, 40_000))
     return httpx.AsyncClient(transport=transport, base_url=URL, headers=headers)

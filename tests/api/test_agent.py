@@ -66,7 +66,7 @@ async def test_the_agent_status_shows_the_remaining_budget_and_the_number_of_fre
         await here.post(TRIGGER)
 
 
-async def test_if_no_limits_are_set_the_figures_in_the_agent_status_are_null(start):
+async def test_the_figures_in_the_agent_status_are_null_if_no_limits_are_set(start):
     client = (await start(agent_daily_budget="unlimited")).client
     assert (await client.put(f"{V1}/budgets/agent:cycles/limit", json={"limit": None})).status_code == 200
     status = (await client.get(f"{V1}/agent/status")).json()
@@ -107,7 +107,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("body", UNUSABLE)
-async def test_if_an_option_is_unusable_the_refusal_names_the_option_and_no_cycle_starts(start, body: str):
+async def test_the_refusal_of_a_trigger_names_the_unusable_option_and_no_cycle_starts(start, body: str):
     client = (await start()).client
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     problem = is_a_refusal(response, 422, "invalid_request")
@@ -122,7 +122,7 @@ async def test_a_trigger_with_query_parameters_is_refused(start):
     assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
 
 
-async def test_if_the_budget_is_exhausted_the_refusal_of_a_trigger_shows_the_remaining_and_requested_amounts(start):
+async def test_the_refusal_of_a_trigger_shows_the_remaining_and_requested_amounts_if_the_budget_is_exhausted(start):
     client = (await start(agent_daily_budget="0.01")).client
     response = await client.post(TRIGGER)
     assert response.status_code == 429
@@ -168,7 +168,7 @@ def is_a_refusal(response, status: int, reason: str) -> dict:
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
-async def test_for_every_media_type_a_trigger_with_an_invalid_body_is_refused(start, media_type):
+async def test_a_trigger_with_an_invalid_body_is_refused_for_every_media_type(start, media_type):
     client = (await start()).client
     headers = {} if media_type is None else {"Content-Type": media_type}
     is_a_refusal(await client.post(TRIGGER, content=b"nope", headers=headers), 422, "invalid_request")

@@ -44,7 +44,7 @@ async def keyed(start) -> Running:
 
 
 def authenticate(keys: Keys, key: str = "", client: Any = None) -> Caller:
-    """The caller of a request with a key, from an address."""
+    """Return the authenticated caller of a request that has this key and comes from this client."""
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
     return keys.authenticate(HTTPConnection({"type": "http", "client": client, "headers": headers}))
 
@@ -126,7 +126,7 @@ async def test_a_service_without_keys_refuses_clients_on_other_machines(start):
         assert (await running.connect(address=address).get("/livez")).status_code == 200
 
 
-async def test_if_auth_is_none_a_service_without_keys_accepts_clients_on_other_machines(start):
+async def test_a_service_without_keys_accepts_clients_on_other_machines_if_auth_is_none(start):
     running = await start(auth="none")
     assert await statuses(running.connect(address="192.0.2.1"), (*USE, *ADMIN)) == {200, 201, 404}
 
@@ -142,7 +142,7 @@ async def test_a_client_without_an_address_counts_as_local(start):
 
 
 async def unconfirmed(running: Running, key: str) -> str:
-    """The path of an expired hold of a key."""
+    """Reserve with this key, wait until the hold has expired, and return the path of the hold."""
     client = running.connect(key)
     path = f"{V1}/reservations/{(await reserved(client, ttl=1))['id']}"
 
@@ -163,7 +163,7 @@ async def test_the_owner_of_a_hold_is_stored_as_a_hash_of_the_key(keyed, server)
     assert "use-1" not in stored
 
 
-async def test_if_no_key_is_configured_the_owner_of_a_hold_is_named_http(start):
+async def test_the_owner_of_a_hold_is_named_http_if_no_key_is_configured(start):
     running = await start()
     hold = await reserved(running.client)
     assert (await running.limiter.get(hold["id"])).owner == "http"
@@ -178,7 +178,7 @@ async def test_an_unconfirmed_hold_can_be_settled_with_the_use_key_that_reserved
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_only_the_admin_key_can_settle_an_unconfirmed_hold_made_with_a_different_use_key(keyed):
+async def test_an_unconfirmed_hold_of_a_use_key_can_be_settled_with_the_admin_key_but_with_no_other_use_key(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     for action, body in (
         ("commit", {"amounts": "0"}),
@@ -200,7 +200,7 @@ async def test_any_use_key_can_settle_an_open_hold(keyed):
     assert (await other.post(f"{V1}/reservations/{hold['id']}/release")).status_code == 200
 
 
-async def test_after_an_admin_releases_an_unconfirmed_hold_the_worker_can_still_commit_the_real_cost(keyed):
+async def test_the_worker_can_still_commit_the_real_cost_after_an_admin_released_the_unconfirmed_hold(keyed):
     path = await unconfirmed(keyed, "use-1")
     released = await keyed.connect("admin-1").post(f"{path}/release")
     assert released.json()["state"] == "released"
@@ -210,7 +210,7 @@ async def test_after_an_admin_releases_an_unconfirmed_hold_the_worker_can_still_
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_after_an_admin_releases_an_unconfirmed_hold_a_second_use_key_cannot_settle_the_hold(keyed):
+async def test_a_second_use_key_cannot_settle_an_unconfirmed_hold_released_by_an_admin(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     await keyed.connect("admin-1").post(f"{path}/release")
     for action, body in (
@@ -226,7 +226,7 @@ async def test_after_an_admin_releases_an_unconfirmed_hold_a_second_use_key_cann
 
 
 @pytest.mark.parametrize("keys", [{}, {"api_key": "use-1", "admin_key": "admin-1"}])
-async def test_after_the_worker_releases_an_unconfirmed_hold_the_worker_can_still_commit_the_real_cost(start, keys):
+async def test_the_worker_can_still_commit_the_real_cost_after_releasing_the_unconfirmed_hold(start, keys):
     running = await start(**keys)
     client = running.connect("use-1" if keys else "")
     path = await unconfirmed(running, "use-1" if keys else "")
@@ -238,7 +238,7 @@ async def test_after_the_worker_releases_an_unconfirmed_hold_the_worker_can_stil
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_after_the_owner_releases_an_open_hold_a_late_commit_is_a_conflict(keyed):
+async def test_a_late_commit_is_a_conflict_after_the_owner_released_the_open_hold(keyed):
     admin = keyed.connect("admin-1")
     hold = await reserved(admin)
     await admin.post(f"{V1}/reservations/{hold['id']}/release")

@@ -35,7 +35,7 @@ async def test_amounts_of_the_agent_budget_are_json_numbers(client):
 
 
 async def test_a_nano_dollar_is_written_as_a_plain_decimal_in_every_response(client):
-    """Money is never in scientific notation, which some readers do not parse."""
+    """No amount is in scientific notation, because some JSON parsers cannot read it."""
     answers = [
         await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}, "id": "op_1"}),
         await client.get(f"{V1}/reservations/op_1"),
@@ -108,7 +108,7 @@ async def test_a_budget_name_may_contain_a_slash(client, name):
     assert (await client.delete(f"{path}/limit")).json()["limit_source"] == "configured"
 
 
-async def test_the_path_segment_named_holds_is_part_of_a_budget_name_only_if_the_slash_is_encoded(client):
+async def test_a_budget_name_may_end_with_the_segment_holds_only_if_the_slash_is_encoded(client):
     assert (await client.get(f"{V1}/budgets/team/a:b@c")).json()["name"] == "team/a:b@c"
     assert (await client.get(f"{V1}/budgets/team/a:b@c/holds")).json() == {"holds": [], "next_cursor": None}
     problem(await client.get(f"{V1}/budgets/team/holds"), 404, "unknown-budget")  # the holds of `team`

@@ -203,7 +203,7 @@ async def test_the_accrued_amount_is_committed_if_the_client_disconnects(app, cl
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_if_the_budget_denies_a_route_the_response_is_a_429_problem_document(app, client, limiter):
+async def test_a_route_denied_by_the_budget_responds_with_a_429_problem_document(app, client, limiter):
     ran = False
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -248,7 +248,7 @@ async def test_a_budget_in_requests_limits_the_request_rate_of_a_route(app):
     assert answer.headers["ratelimit-policy"] == '"calls";q=1;w=86400'
 
 
-async def test_if_the_budget_denies_a_model_call_inside_a_route_the_response_is_429(app, client, limiter):
+async def test_the_response_is_429_if_the_budget_denies_a_model_call_inside_a_route(app, client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.01"))])
@@ -375,7 +375,7 @@ def test_invalid_arguments_are_refused_when_the_dependency_is_created(budget, op
         hold_budget(budget, **options)
 
 
-def test_the_budgets_are_checked_when_the_dependency_is_created_with_a_limiter(limiter):
+def test_a_dependency_created_with_a_limiter_checks_the_budgets_at_once(limiter):
     for budget, options in (("nothing", {"estimate": 1}), ({"agent": 1, "nothing": 1}, {})):
         with pytest.raises(UnknownBudget):
             hold_budget(budget, limiter=limiter, **options)
@@ -385,12 +385,12 @@ def test_the_budgets_are_checked_when_the_dependency_is_created_with_a_limiter(l
 
 
 @pytest.mark.parametrize("estimate", ["0.15", 1, 0.15, Decimal("0.15"), 10_000_000])
-def test_while_the_limiter_is_unknown_an_estimate_in_any_unit_is_accepted(estimate):
+def test_an_estimate_in_any_unit_is_accepted_while_the_limiter_is_unknown(estimate):
     assert hold_budget("agent", estimate=estimate)
     assert hold_budget({"agent": estimate}, limiter=lambda connection: None)
 
 
-async def test_if_the_limiter_function_returns_no_limiter_the_error_shows_the_returned_value(server):
+async def test_a_limiter_function_that_returns_no_limiter_causes_an_error_that_shows_the_returned_value(server):
     app = FastAPI()
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=lambda request: "redis://"))])
@@ -473,7 +473,7 @@ async def test_a_sync_route_does_not_run_if_the_budget_denies_the_reservation(sy
     assert figures(client) == (0, 0)
 
 
-async def test_if_the_client_disconnects_during_the_reservation_of_a_sync_route_the_hold_is_released(
+async def test_a_hold_is_released_if_the_client_disconnects_during_the_reservation_of_a_sync_route(
     sync_app, client, monkeypatch
 ):
     limiter, goes_on = sync_app.state.limiter, threading.Event()

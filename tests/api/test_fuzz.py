@@ -1,9 +1,11 @@
-"""The property-based HTTP fuzzer against the live service: no 5xx, no undocumented response, no wrong schema.
+"""A property-based HTTP fuzzer sends requests to the live service: no 5xx, no undocumented response, no wrong schema.
 
-It runs as a process of its own, with a seed of its own that it prints, and the request to repeat for each failure.
-Two of its checks cannot be met, and are left out: ``positive_data_acceptance`` (whether an amount can be counted
-depends on its budget, whether a cursor or window exists on the data), and ``ensure_resource_availability`` (a hold that
-exists answers 404 to a budget that it does not have).
+The fuzzer is a separate process. It prints its random seed, and for each failure a request that repeats the failure.
+Two of the fuzzer's checks are left out, because the service cannot satisfy them:
+
+- ``positive_data_acceptance``: whether an amount is valid depends on its budget. Whether a cursor or a window exists
+  depends on the stored data.
+- ``ensure_resource_availability``: the reply is 404 for an existing hold if the hold lacks the requested budget.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def test_every_response_matches_the_openapi_document(service, tmp_path, key):
     fuzz(service, tmp_path, key=key)
 
 
-def test_while_the_store_is_down_every_response_matches_the_openapi_document(start_server, budgets, tmp_path):
+def test_every_response_matches_the_openapi_document_while_the_store_is_down(start_server, budgets, tmp_path):
     own = start_server()
     environment = {"KTRDR_REDIS_URL": own.url, "KTRDR_BUDGETS_FILE": budgets, "KTRDR_TIMEOUT": "0.02"}
     with serving(**environment, KTRDR_ADMIN_KEY="admin") as service:

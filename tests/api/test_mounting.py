@@ -134,7 +134,7 @@ async def test_the_metrics_route_works_if_the_limiter_has_no_observer(limiter):
         assert "agent_budget_remaining_dollars 5.0\n" in (await client.get("/metrics")).text
 
 
-async def test_if_the_limiter_has_no_agent_budget_a_request_for_the_agent_budget_gets_404(server):
+async def test_a_request_for_the_agent_budget_gets_404_if_the_limiter_has_no_such_budget(server):
     limiter = AsyncBudgetLimiter(server.url, [Budget("other", 1)])
     app = foreign(limiter)
     app.include_router(budget_router(limiter))

@@ -94,7 +94,7 @@ def test_the_required_key_of_each_operation_is_documented(document):
     }
 
 
-def test_if_no_keys_are_configured_the_openapi_document_requires_no_key():
+def test_the_openapi_document_requires_no_key_if_no_keys_are_configured():
     document = document_of()
     assert "securitySchemes" not in document["components"]
     assert not any("security" in operation for operation in operations(document).values())

@@ -15,14 +15,14 @@ from ..helpers.waiting import until
 from .support import V1, problem, reserved
 
 
-async def test_the_liveness_probe_replies_alive_without_the_store(start, tmp_path):
+async def test_the_liveness_probe_succeeds_without_the_store(start, tmp_path):
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1)).client
     response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "alive"})
 
 
 async def test_the_index_lists_the_paths_of_the_service(start, tmp_path):
-    """Without a key and without the store; every listed path exists."""
+    """The index needs neither a key nor the store. Every listed path exists."""
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1, api_key="use-1")).client
     response = await client.get("/")
     assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
@@ -128,7 +128,7 @@ BINARIES = [binary for binary in (valkey_binary(), redis_binary()) if binary]
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.rpartition("/")[2])
 @pytest.mark.parametrize("kind", UNABLE)
 async def test_the_readiness_check_reports_the_reason_if_the_store_cannot_reserve(start, start_server, kind, binary):
-    """spring-cloud-gateway #3379: a managed store refuses a command in scripts."""
+    """In spring-cloud-gateway #3379, for example, a managed store refused a command in scripts."""
     options, check, words = UNABLE[kind]
     own = start_server(binary, *options)
     with away(own.url):
@@ -141,7 +141,7 @@ async def test_the_readiness_check_reports_the_reason_if_the_store_cannot_reserv
 
 
 @pytest.mark.parametrize("command", ["time", "hincrby", "rpush"])
-async def test_the_readiness_check_names_a_command_forbidden_to_the_user_of_the_store(start, server, command):
+async def test_the_readiness_check_names_a_command_that_the_store_user_may_not_run(start, server, command):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")
         client = (await start(redis_url=f"{server.url}?username=managed&password=pw")).client
@@ -171,7 +171,7 @@ async def test_a_readiness_check_leaves_no_keys_in_the_store(client, server):
         assert redis.dbsize() == 0
 
 
-async def test_after_a_script_flush_the_readiness_check_loads_the_scripts_again(client, server):
+async def test_the_readiness_check_loads_the_scripts_again_after_a_script_flush(client, server):
     with server.client() as redis:
         redis.script_flush()
     assert (await client.get("/readyz")).status_code == 200

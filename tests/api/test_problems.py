@@ -304,7 +304,7 @@ async def test_requests_get_409_if_a_budget_is_registered_with_a_different_defin
     problem(await one.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
 
 
-async def test_while_the_store_is_down_every_request_gets_503(start, start_server):
+async def test_every_request_gets_503_while_the_store_is_down(start, start_server):
     own = start_server(None, "--appendonly", "yes")
     client = (await start(redis_url=own.url, timeout=0.2)).client
     hold = await reserved(client)
@@ -350,7 +350,7 @@ async def test_a_reservation_gets_503_within_two_seconds_if_the_store_hangs(star
         own.resume()
 
 
-async def test_holds_are_reserved_and_settled_without_the_store_under_the_outage_policy_allow(start, start_server):
+async def test_holds_can_be_reserved_and_settled_during_an_outage_if_the_outage_policy_is_allow(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2, on_store_error="allow", agent_daily_budget="1")).client
     own.kill()

@@ -121,7 +121,7 @@ async def test_a_commit_without_amounts_commits_the_accrued_amount(client):
     assert done.json()["amounts"] == {"agent": "0.00"}
 
 
-async def test_zero_is_committed_to_each_budget_omitted_in_the_commit_request(client):
+async def test_a_budget_that_the_commit_request_omits_is_charged_zero(client):
     hold = await reserved(client, {"agent": "0.15", "cycles": 2})
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     assert done.json()["amounts"] == {"agent": "0.00", "cycles": 1}
@@ -238,7 +238,7 @@ async def test_a_hold_id_in_a_path_may_contain_an_unencoded_slash(client):
     assert (await client.post(f"{V1}/reservations/team/op/commit", json={"amounts": 0})).status_code == 200
 
 
-async def test_if_the_client_disconnects_before_receiving_a_generated_id_the_hold_is_released(running):
+async def test_a_hold_is_released_if_the_client_disconnects_before_receiving_the_generated_id(running):
     await running.limiter.status("agent")
     scope = {
         "type": "http", "method": "POST", "path": f"{V1}/reservations", "raw_path": f"{V1}/reservations".encode(),
@@ -291,7 +291,7 @@ async def test_sixty_four_concurrent_reservations_are_granted_exactly_up_to_the_
     assert await figures(client) == ("0.00", "4.95", "0.00", "0.05")
 
 
-async def test_after_a_data_loss_requests_for_a_hold_get_503_until_a_worker_restores_the_hold(clocked_server, start):
+async def test_requests_for_a_hold_get_503_after_a_data_loss_until_a_worker_restores_the_hold(clocked_server, start):
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00")]) as worker:
         worker.engine.dispatcher.repair.stop()
         await worker.reserve("agent", "0.15", id="op_1")

@@ -1,4 +1,4 @@
-"""Models of requests and responses: exact amounts in, plain strings out, and nothing that was not documented."""
+"""Schemas of requests and responses: amounts stay exact, and responses contain documented fields only."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_instant_is_written_with_milliseconds_only_if_the_milliseconds_are_no
     assert instant_json(noon.replace(microsecond=125_000)) == "2026-11-23T12:00:00.125Z"
 
 
-def test_without_a_recovery_the_agent_budget_has_plain_amounts_and_no_recovery_field():
+def test_an_agent_budget_without_a_recovery_has_plain_amounts_and_no_recovery_field():
     figures = {"window": "2026-11-23", "limit": None, "spent": Decimal("0.000000001"), "remaining": None, "events": 1}
     made = AgentBudgetOut.model_validate({**figures, "held": 0, "unconfirmed": 0, "resets_at": None})
     written = made.model_dump(mode="json")

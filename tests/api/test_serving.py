@@ -74,7 +74,7 @@ def test_the_startup_report_lists_the_store_and_the_budgets(server, budgets_file
     ]
 
 
-def test_if_the_store_is_unreachable_the_startup_report_has_one_warning_line():
+def test_the_startup_report_has_one_warning_line_if_the_store_is_unreachable():
     url = f"redis://127.0.0.1:{free_port()}"
     with serving(KTRDR_REDIS_URL=url, KTRDR_TIMEOUT="0.5") as service:
         service.wait_for_line("WARNING: ktrdr_budget: starting without the store: ")
@@ -88,7 +88,7 @@ def test_if_the_store_is_unreachable_the_startup_report_has_one_warning_line():
     ]
 
 
-def test_if_the_daily_budget_is_unlimited_the_startup_report_has_no_warning(server):
+def test_the_startup_report_has_no_warning_if_the_daily_budget_is_unlimited(server):
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="unlimited", AGENT_PHASE_SECONDS=0) as service:
         assert service.post(f"{V1}/agent/trigger").status_code == 202
         assert service.get(f"{V1}/agent/budget").json()["remaining"] is None
@@ -136,7 +136,7 @@ def test_the_startup_report_has_no_secrets(server):
     assert "secret" not in "\n".join(service.output)
 
 
-def test_a_run_time_limit_different_from_the_configured_limit_causes_a_warning(server):
+def test_a_limit_set_over_http_causes_a_warning_at_the_next_start_if_the_configured_limit_differs(server):
     with serving(KTRDR_REDIS_URL=server.url) as service:
         changed = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
         assert changed.status_code == 200
@@ -303,7 +303,7 @@ def test_requests_in_flight_are_finished_before_the_service_stops(start_server):
         assert service.end() == 0
 
 
-def test_if_the_client_disconnects_before_receiving_the_hold_id_the_hold_is_released(start_server):
+def test_a_hold_is_released_if_the_client_disconnects_before_receiving_the_id(start_server):
     own = start_server()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="60") as service:
         assert figures(service)["held"] == 0
@@ -428,7 +428,7 @@ def _no_app(settings: Settings) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-def test_the_outage_policy_allow_with_several_workers_causes_a_warning(server):
+def test_a_warning_is_printed_if_several_workers_use_the_outage_policy_allow(server):
     with serving(workers=2, KTRDR_REDIS_URL=server.url, KTRDR_ON_STORE_ERROR="allow") as service:
         service.stop()
     assert any("KTRDR_ON_STORE_ERROR=allow" in line for line in service.output)

@@ -155,7 +155,7 @@ def test_the_error_for_an_invalid_store_url_shows_no_secret(environment, url):
     assert "secret" not in fault(environment, KTRDR_REDIS_URL=url)
 
 
-def test_keys_are_refused_if_a_use_key_equals_the_admin_key_or_if_auth_is_none(environment):
+def test_keys_are_refused_if_auth_is_none_or_if_a_use_key_equals_the_admin_key(environment):
     assert "must differ" in fault(environment, KTRDR_API_KEY="one,two", KTRDR_ADMIN_KEY="two")
     assert "KTRDR_AUTH" in fault(environment, KTRDR_ADMIN_KEY="three", KTRDR_AUTH="none")
 

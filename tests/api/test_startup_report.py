@@ -1,4 +1,4 @@
-"""The report at the start: the store, one line for each budget, and a warning for each surprise."""
+"""The report at the start: the store, one line for each budget, and a warning for everything unusual."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_report_line_of_a_budget_shows_the_limit_and_the_period_in_words(bud
     assert budget_line(budget) == line
 
 
-async def test_if_nothing_is_unusual_the_report_lists_only_the_store_and_the_budgets():
+async def test_the_report_lists_only_the_store_and_the_budgets_if_nothing_is_unusual():
     async with AsyncMemoryLimiter([AGENT]) as limiter:
         assert await report(limiter) == [STORE, "budget agent: $5.00 a day (UTC)"]
 
@@ -46,7 +46,7 @@ async def test_a_daily_budget_of_zero_causes_a_warning():
         assert (await report(limiter, settings))[-1] == f"warning: {ZERO_BUDGET}"
 
 
-async def test_a_run_time_limit_different_from_the_configured_limit_causes_a_warning():
+async def test_a_stored_limit_different_from_the_configured_limit_causes_a_warning():
     async with AsyncMemoryLimiter([AGENT]) as limiter:
         await limiter.set_limit("agent", "5.00")
         assert len(await report(limiter)) == 2, "the same limit is no surprise"
@@ -65,7 +65,7 @@ async def test_a_budget_registered_with_a_different_definition_causes_a_warning(
             assert (await report(limiter))[-1].startswith("warning: budget agent: ")
 
 
-async def test_if_the_store_is_unreachable_the_report_ends_with_one_warning():
+async def test_the_report_ends_with_one_warning_if_the_store_is_unreachable():
     server = memory_server()
     async with AsyncMemoryLimiter([AGENT], server=server, timeout=0.05) as limiter:
         server.connected = False

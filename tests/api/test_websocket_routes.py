@@ -58,7 +58,7 @@ async def visiting(app: FastAPI, path: str = "/live") -> AsyncIterator[ClientCon
 
 
 def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
-    """Add a route that echoes every message, and ends in one of several ways."""
+    """Add a route that echoes every message. ``ends`` selects how the route ends."""
 
     @app.websocket("/live")
     async def live(socket: WebSocket, hold: Held) -> None:
@@ -74,7 +74,7 @@ def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
 
 
 async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[str]]:
-    """Wait until nothing is held; return the spent amount and the sum of the ledger."""
+    """Wait until nothing is held; return the spent amount and the operations in the ledger."""
     await until(lambda: sums(client)["held"] == 0)
     return spent_and_held(client)[0], [entry.operation for entry in await limiter.ledger("agent")]
 
@@ -170,7 +170,7 @@ async def test_a_budget_dependency_of_the_app_applies_to_http_requests_and_webso
         assert await settled(client, limiter) == (2 * ESTIMATE, ["WEBSOCKET /live", "GET /"])
 
 
-async def test_a_function_of_the_websocket_may_return_a_sync_limiter(server, client):
+async def test_a_limiter_function_of_a_websocket_may_return_a_sync_limiter(server, client):
     app = FastAPI()
     with BudgetLimiter(server.url, BUDGETS) as sync_limiter:
         app.state.limiter = sync_limiter
@@ -191,7 +191,7 @@ async def test_a_function_of_the_websocket_may_return_a_sync_limiter(server, cli
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_if_the_budget_denies_a_session_the_websocket_handshake_gets_429(app, client, limiter):
+async def test_a_websocket_handshake_gets_429_if_the_budget_denies_the_session(app, client, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     with pytest.raises(InvalidStatus) as caught:
@@ -205,7 +205,7 @@ async def test_if_the_budget_denies_a_session_the_websocket_handshake_gets_429(a
     assert spent_and_held(client) == (to_units("0.90"), 0)
 
 
-async def test_if_the_budget_denies_a_model_call_the_open_websocket_is_closed_with_the_reason(app, client, limiter):
+async def test_an_open_websocket_is_closed_with_the_reason_if_the_budget_denies_a_model_call(app, client, limiter):
     meter = Meter(limiter, pricer=PRICES)
 
     @app.websocket("/live")
@@ -241,7 +241,7 @@ async def test_the_websocket_handshake_gets_503_while_the_store_is_unreachable(s
     assert json.loads(caught.value.response.body)["code"] == "store-unavailable"
 
 
-async def test_if_the_server_cannot_send_handshake_responses_a_denied_websocket_is_closed_with_the_reason(app, limiter):
+async def test_a_denied_websocket_is_closed_with_the_reason_if_the_server_cannot_send_handshake_responses(app, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     sent = []

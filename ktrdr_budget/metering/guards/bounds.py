@@ -40,8 +40,8 @@ ROUTING_FIELDS = (
     *("search_settings", "compound_custom"),  # Groq
     "multi_agent",  # OpenAI
 )
-"""Fields of a request that may have one of two effects: another model than the priced one answers, or the provider does
-work that it bills in addition to tokens. Gateways accept these fields at every endpoint."""
+"""Fields of a request that may cause an answer by another model than the priced one, or work billed in addition to
+tokens. Gateways accept these fields at every endpoint."""
 HIDDEN_INPUT_TOKENS = 1024
 """Upper bound of the tokens that a provider adds to a request. The highest published number is 530, for the use of
 tools (docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
@@ -68,12 +68,12 @@ class GuardOptions:
             if count is not None and (type(count) is not int or count < 1):
                 raise InvalidArgument(f"{name} must be a whole number above 0, not {count!r}")
         if not isinstance(self.provider, str) or not self.provider:
-            raise InvalidArgument(f"provider must be a name in the price list, not {self.provider!r}")
+            raise InvalidArgument(f"provider must be a name of the price list, not {self.provider!r}")
         if type(self.allow_unmetered) is not bool:
             raise InvalidArgument(f"allow_unmetered must be True or False, not {self.allow_unmetered!r}")
         if type(self.unseen_output_tokens) is not int or self.unseen_output_tokens < 0:
             raise InvalidArgument(
-                f"unseen_output_tokens must be a whole, non-negative number, not {self.unseen_output_tokens!r}"
+                f"unseen_output_tokens must be a whole number of at least 0, not {self.unseen_output_tokens!r}"
             )
 
 
@@ -96,7 +96,7 @@ class Bound:
     output_hint: str = ""
     """Where the output bound comes from, and how to lower it; a part of messages."""
     hide_usage: bool = False
-    """Whether to remove the usage report from the caller's stream, because the caller did not request the report."""
+    """Whether to hide the chunk that reports usage from the caller, because the caller did not request that chunk."""
     reports_usage: bool = True
     """Whether the provider reports usage; false if the caller disabled the usage report of a stream."""
 
@@ -214,7 +214,7 @@ class InputBound:
 
 
 def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
-    """Refuse a request if another model may answer it, or if it may cause work that is billed in addition to tokens.
+    """Refuse a request that another model may answer, or that may cause work billed in addition to tokens.
 
     Raises:
         UnmeteredCall: the guard does not allow unmetered calls.
@@ -225,7 +225,7 @@ def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:
-    """Return the size of a serialised request in bytes. Tokenizers normalise Unicode first, so the larger size counts.
+    """Return the bytes of a serialised request, as tokenizers read them: after Unicode normalisation.
 
     Claude's tokenizer expands some characters (NFKC: ``\ufdfa`` becomes 18), see
     github.com/anthropics/anthropic-tokenizer-typescript.

@@ -186,7 +186,7 @@ class Status:
     held: Amount
     unconfirmed: Amount
     events: int
-    """Number of commits, records and expiry charges."""
+    """Number of commits, of charges on expiry, and of spends recorded without a reservation."""
     overruns: int
     """Number of commits above their reservation."""
     limit_source: Literal["configured", "runtime"]

@@ -110,7 +110,7 @@ class BudgetTracker:
         return math.inf if remaining is None else float(remaining)
 
     def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
-        """Return whether the amount remains now, with the reason: ``(False, "budget_exhausted ($0.10 remaining, …)")``.
+        """Return whether the amount is available now, and why: ``(False, "budget_exhausted ($0.10 remaining, …)")``.
 
         The amount is not held. If the store does not reply, or has another definition of the budget, the result is
         ``(False, "budget_unavailable (…)")``.

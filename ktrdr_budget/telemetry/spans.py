@@ -244,13 +244,13 @@ def _detach(token: Token[Context]) -> None:
 
 
 def current_trace_id() -> str:
-    """Return the id of the current trace, 32 hexadecimal digits; empty if there is none, or if it is not recorded."""
+    """Return the id of the current trace, 32 hexadecimal digits; empty if no trace is being recorded."""
     link = current_link()
     return "" if link is None else f"{link.trace_id:032x}"
 
 
 def current_link() -> SpanContext | None:
-    """Return the current span's context, for ``links``; ``None`` if there is none, or if it is not recorded."""
+    """Return the current span's context, for ``links``; ``None`` if no span is being recorded."""
     from opentelemetry import trace
 
     return _recorded(trace.get_current_span().get_span_context())

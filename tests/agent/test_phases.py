@@ -1,4 +1,4 @@
-"""The decrease of the loss in a training record, and the protocol of a research with named strategies."""
+"""The decrease of the loss in a training record, and the protocol of objects that know strategies by name."""
 
 from __future__ import annotations
 

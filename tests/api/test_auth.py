@@ -246,7 +246,7 @@ async def test_a_late_commit_is_a_conflict_after_the_owner_released_the_open_hol
     problem(late, 409, "hold-conflict")
 
 
-async def test_the_library_can_still_commit_its_hold_after_the_hold_was_released_over_http(start):
+async def test_a_hold_released_over_http_can_still_be_committed_by_the_library(start):
     running = await start()
     async with running.limiter.hold("agent", "0.15") as hold:
         assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200

@@ -252,7 +252,7 @@ async def test_the_denial_suggests_a_retry_at_the_first_deadline_if_open_holds_f
     assert 25 <= document["retry_after"] <= 30
 
 
-async def test_a_denial_by_a_budget_of_requests_or_cycles_has_rate_limit_headers(client):
+async def test_a_denial_by_a_budget_in_requests_or_cycles_has_rate_limit_headers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"calls": 1, "cycles": 3}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"calls": 2}})
     seconds = problem(denied, 429, "budget-exceeded")["retry_after"]

@@ -215,7 +215,7 @@ def test_a_service_without_keys_refuses_to_bind_to_a_non_loopback_address(host):
 
 
 @pytest.mark.parametrize("environment", [{"KTRDR_API_KEY": "k"}, {"KTRDR_ADMIN_KEY": "k"}, {"KTRDR_AUTH": "none"}])
-def test_a_service_with_keys_or_with_auth_none_can_bind_to_any_address(server, environment):
+def test_a_service_can_bind_to_any_address_if_keys_are_set_or_auth_is_none(server, environment):
     with serving(host="0.0.0.0", KTRDR_REDIS_URL=server.url, **environment) as service:
         assert service.get(f"{V1}/budgets").status_code == (200 if "KTRDR_AUTH" in environment else 401)
         service.stop()

@@ -67,7 +67,7 @@ def test_reading_a_ledger_continues_at_the_last_entry_unless_entries_are_missing
     assert ledger.continues_at(head, trimmed_count, newest) == continues
 
 
-def test_reading_a_ledger_continues_after_the_summary_if_all_entries_read_before_were_trimmed():
+def test_reading_a_ledger_continues_after_the_summary_if_all_earlier_entries_were_trimmed():
     ledger = Ledger(number=2, last=b"second", head=b"first")
     assert ledger.continues_at(b"summary", 2, 3)
     assert (ledger.head, ledger.last, ledger.trimmed_count) == (b"summary", b"summary", 2)

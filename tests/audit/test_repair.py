@@ -336,7 +336,7 @@ def test_a_repair_corrects_indexes_with_thousands_of_entries(server, client, aud
 # -- under concurrent writes -------------------------------------------------------------------------------------------
 
 
-def test_counters_damaged_while_four_processes_spend_are_restored_to_the_true_values(server, client):
+def test_damaged_counters_are_restored_to_the_true_values_while_four_processes_spend(server, client):
     dice = random.Random(5)
     with workers("bookkeeper.py", 4, {"url": server.url, "callers": 12}) as keepers, Auditor(server.url) as auditor:
         for keeper in keepers:

@@ -10,7 +10,7 @@ from .bench import CLOCKS, DURABLE, Bench, Row
 
 
 def clients_die(bench: Bench) -> None:
-    """kill -9 of random replicas; a new one replaces each."""
+    """Random replicas are killed with `kill -9`; a new replica replaces each killed replica."""
     server = bench.server(*DURABLE)
     bench.spend(server.url, server.client)
     for _ in bench.turns(0.2, 0.8):

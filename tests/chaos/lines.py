@@ -31,7 +31,7 @@ PARTITIONS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def the_line_is_cut(bench: Bench) -> None:
-    """Partitions of 0.1 to 30 s: closed connections, and silent ones."""
+    """Partitions of 0.1 to 30 s: alternately, connections are closed, or stay open and receive nothing."""
     line, server = _behind_a_line(bench)
     bench.spend(line.url, server.client)
     kinds = [(line.cut, line.mend), (line.freeze, line.thaw)]

@@ -226,9 +226,7 @@ def spending(service: FakeService) -> None:
     service.answer(CALL, answer)
 
 
-def test_the_option_watch_redraws_the_figures_in_place_until_ctrl_c(
-    terminal: OpenTerminal, service: FakeService
-) -> None:
+def test_a_watch_redraws_the_figures_in_place_until_ctrl_c(terminal: OpenTerminal, service: FakeService) -> None:
     spending(service)
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     text = opened.read_until(lambda text: "$0.18" in text)
@@ -241,14 +239,14 @@ def test_the_option_watch_redraws_the_figures_in_place_until_ctrl_c(
     assert opened.text.endswith("\n")
 
 
-def test_the_option_watch_clears_the_screen_of_a_narrow_terminal(terminal: OpenTerminal, service: FakeService) -> None:
+def test_a_watch_clears_the_screen_of_a_narrow_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1", columns=20)
     opened.read_until(lambda text: "\x1b[2J\x1b[H" in text)
     opened.type("\x03")
     assert opened.wait() == 0
 
 
-def test_the_option_watch_shows_unknown_instead_of_old_figures_during_an_outage(
+def test_a_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     terminal: OpenTerminal, service: FakeService
 ) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
@@ -265,7 +263,7 @@ def test_the_option_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     assert opened.wait() == 0
 
 
-def test_the_option_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
+def test_a_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     opened.read_until(lambda text: "Remaining: $4.85" in text)
     service.answer(CALL, *reversed(problem(401, "Unauthorized", "a key is needed")))
@@ -273,7 +271,7 @@ def test_the_option_watch_ends_after_a_permanent_error(terminal: OpenTerminal, s
     assert "ktrdr: a key is needed" in opened.text
 
 
-def test_the_option_watch_fails_at_once_if_the_service_is_unreachable(ktrdr: Run) -> None:
+def test_a_watch_fails_at_once_if_the_service_is_unreachable(ktrdr: Run) -> None:
     result = ktrdr("--api-url", "http://127.0.0.1:1", "agent", "budget", "--watch")
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
@@ -293,7 +291,7 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str, int]:
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_options_watch_and_json_write_one_line_per_refresh_into_a_pipe(service: FakeService) -> None:
+def test_a_watch_with_json_writes_one_line_per_refresh_into_a_pipe(service: FakeService) -> None:
     spending(service)
     process = watching("--json")
     assert process.stdout is not None
@@ -304,7 +302,7 @@ def test_the_options_watch_and_json_write_one_line_per_refresh_into_a_pipe(servi
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_option_watch_writes_the_text_form_into_a_pipe_at_each_refresh(service: FakeService) -> None:
+def test_a_watch_writes_the_text_form_into_a_pipe_at_each_refresh(service: FakeService) -> None:
     process = watching()
     wait_until(lambda: len(service.requests) >= 4)
     out, err, code = end(process)
@@ -314,7 +312,7 @@ def test_the_option_watch_writes_the_text_form_into_a_pipe_at_each_refresh(servi
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_option_watch_reports_an_outage_on_stderr_if_stdout_is_a_pipe(service: FakeService) -> None:
+def test_a_watch_reports_an_outage_on_stderr_if_stdout_is_a_pipe(service: FakeService) -> None:
     process = watching("--json")
     assert process.stdout is not None
     assert process.stderr is not None
@@ -328,7 +326,7 @@ def test_the_option_watch_reports_an_outage_on_stderr_if_stdout_is_a_pipe(servic
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_option_watch_ends_if_the_reader_closes_the_pipe(service: FakeService) -> None:
+def test_a_watch_ends_if_the_reader_closes_the_pipe(service: FakeService) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
         command("agent", "budget", "--watch", "--interval", "0.1"), stdout=writer, stderr=subprocess.PIPE, text=True

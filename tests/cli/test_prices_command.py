@@ -144,7 +144,7 @@ def test_the_prices_show_command_finds_the_provider_of_a_model_from_a_configured
         ((), 2, "ktrdr: Missing argument 'MODEL'"),
     ],
 )
-def test_an_error_of_prices_show_is_reported_in_one_line(
+def test_an_error_of_the_prices_show_command_is_reported_in_one_line(
     ktrdr: Run, words: tuple[str, ...], exit_code: int, line: str
 ) -> None:
     result = ktrdr("prices", "show", *words)

@@ -117,7 +117,7 @@ async def test_the_breaker_closes_after_an_outage_even_if_calls_are_made_in_a_ti
         assert limiter.store_state == "closed"
 
 
-async def test_the_first_call_after_the_store_returns_succeeds(own_server, monkeypatch):
+async def test_the_first_call_succeeds_after_the_store_is_reachable_again(own_server, monkeypatch):
     monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to reply
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(3):

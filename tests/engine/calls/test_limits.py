@@ -25,7 +25,7 @@ def context() -> CallContext:
     return call_context(AGENT)
 
 
-def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_later_status(context):
+def test_the_call_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_later_status(context):
     """The first read brings the time of the store, so that an ``until`` in the past can be refused."""
     after = answer_status(runtime=f"2000000000 0 {CHANGED}")
     requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)

@@ -51,7 +51,7 @@ FIRST_MS = NOW_MS + 20_000
     ],
     ids=["held", "fits exactly without holds", "spent", "unconfirmed", "too large", "grown too large", "overrun"],
 )
-def test_a_denial_distinguishes_a_held_budget_an_exhausted_budget_and_a_request_above_the_limit(
+def test_a_denial_distinguishes_held_budgets_and_exhausted_budgets_and_requests_above_the_limit(
     spent, held, unconfirmed, requested, total, reason, fits
 ):
     denied = denial(WINDOW, Denied("", 1000, spent, held, unconfirmed, requested, FIRST_MS, total), NOW_US, "tokens")

@@ -73,7 +73,7 @@ def test_a_scalar_amount_is_committed_to_dollar_budgets_or_to_the_only_count(con
     assert request.amounts == amounts
 
 
-def test_the_result_of_a_commit_shows_if_the_commit_was_late_replayed_or_over_the_reservation(context):
+def test_the_result_of_a_commit_shows_if_the_commit_was_late_or_replayed_or_over_the_reservation(context):
     hold = granted_hold(context, agent=CENT, tokens=40)
     reply = committed(2 * CENT, 40, overrun=True, late=True, replayed=True)
     _, settlement = drive(commit(context, hold, {"agent": "0.02", "tokens": 40}), reply)
@@ -129,7 +129,7 @@ def test_a_commit_restores_a_hold_that_the_store_has_lost(context):
     assert settlement.state == "committed"
 
 
-def test_a_commit_of_a_hold_that_the_store_has_dropped_fails_and_the_lost_spend_is_logged(context, caplog):
+def test_a_commit_fails_and_the_lost_spend_is_logged_if_the_store_has_dropped_the_hold(context, caplog):
     hold = granted_hold(context, agent=25 * CENT)
     drive(commit(context, hold, "0.07"), UNKNOWN, raises=UnknownHold)
     assert ["commit of hold a not recorded" in line for line in errors_of(caplog)] == [True]
@@ -138,13 +138,13 @@ def test_a_commit_of_a_hold_that_the_store_has_dropped_fails_and_the_lost_spend_
     assert errors_of(caplog) == [], "a release loses no spend"
 
 
-def test_the_release_of_an_offline_hold_that_the_store_does_not_have_succeeds_with_amounts_of_zero():
+def test_releasing_an_offline_hold_succeeds_with_amounts_of_zero_if_the_store_lacks_the_hold():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     _, settlement = drive(release(context, offline_hold(context, agent=CENT)), UNKNOWN)
     assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
 
 
-def test_a_release_of_a_hold_that_the_store_has_lost_fails_and_does_not_restore_the_hold(context):
+def test_a_release_fails_and_does_not_restore_the_hold_if_the_store_has_lost_the_hold(context):
     hold = granted_hold(context, agent=CENT)
     hold.granted_in = "before the loss"
     drive(release(context, hold), UNKNOWN, raises=UnknownHold)

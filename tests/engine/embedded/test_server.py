@@ -155,7 +155,7 @@ def replies(url: str) -> bool:
 # --- Starting, joining, leaving ---------------------------------------------------------------------
 
 
-def test_start_creates_the_directory_and_starts_a_server(data_dir: Path) -> None:
+def test_the_function_start_creates_the_directory_and_starts_a_server(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
         assert server.data_dir == data_dir.resolve()
@@ -197,7 +197,7 @@ def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
             user.kill()
 
 
-def test_processes_that_join_and_leave_repeatedly_neither_fail_nor_lose_data(data_dir: Path) -> None:
+def test_processes_that_repeatedly_join_and_leave_neither_fail_nor_lose_data(data_dir: Path) -> None:
     script = """
 import sys, redis
 from ktrdr_budget.engine import embedded
@@ -337,7 +337,7 @@ def test_a_killed_server_restarts_at_the_same_url_with_its_data(data_dir: Path) 
             assert pid_at(server.url) != killed_pid
 
 
-def test_no_spend_is_lost_if_the_server_its_supervisor_and_its_user_are_killed_at_once(data_dir: Path) -> None:
+def test_no_spend_is_lost_if_the_server_and_its_supervisor_and_its_user_are_killed_at_once(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         supervisor_pid = supervisor_of(user.server_pid)
@@ -392,7 +392,7 @@ def test_the_next_user_joins_a_running_server_whose_supervisor_and_users_were_ki
     eventually(lambda: is_gone(user.server_pid))
 
 
-def test_ensure_restarts_the_server_if_the_server_and_its_supervisor_were_killed(data_dir: Path) -> None:
+def test_the_method_ensure_restarts_the_server_if_the_server_and_its_supervisor_were_killed(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         server_pid = pid_at(server.url)
@@ -547,7 +547,7 @@ def test_the_default_directory_is_data_budget_unless_the_environment_names_a_dir
     await_end(data_dir / "elsewhere")
 
 
-def test_find_returns_the_url_of_a_running_server_and_creates_no_files(data_dir: Path) -> None:
+def test_the_function_find_returns_the_url_of_a_running_server_and_creates_no_files(data_dir: Path) -> None:
     assert embedded.find(data_dir) is None
     assert not data_dir.exists()
     data_dir.mkdir()
@@ -645,7 +645,7 @@ def test_a_server_that_never_replies_is_reported_after_the_timeout_and_stopped(
         embedded.start(data_dir, timeout_s=0.3)
 
 
-def test_start_fails_after_its_timeout_if_the_previous_server_is_still_stopping(data_dir: Path) -> None:
+def test_the_function_start_fails_after_its_timeout_if_the_previous_server_is_still_stopping(data_dir: Path) -> None:
     data_dir.mkdir()
     leaving_fd = supervisor.wait_lock(data_dir, supervisor.USERS_LOCK)
     with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):

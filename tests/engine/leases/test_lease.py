@@ -393,7 +393,7 @@ def test_an_overrun_of_a_chunk_is_committed_at_once(store):
     ],
     ids=["committed", "no reply", "released elsewhere", "released elsewhere, no spend", "committed elsewhere", "lost"],
 )
-def test_no_spend_is_lost_whatever_the_store_replies_when_a_chunk_is_settled(store, spent, error, further):
+def test_settling_a_chunk_loses_no_spend_with_any_reply_of_the_store(store, spent, error, further):
     lease = opened(store)
     lease.spend(spent)
     store.errors = {"settle": error} if error else {}

@@ -50,7 +50,7 @@ NOW_MS = 1_796_040_000_000
         (status_read(KEYS, "r1", [AGENT], complete=True), "waits"),
     ],
 )
-def test_only_reads_that_must_be_complete_wait_for_the_replays_after_a_data_loss(read, while_recovering):
+def test_a_read_waits_for_the_replays_after_a_data_loss_only_if_its_reply_must_be_complete(read, while_recovering):
     assert read.while_recovering == while_recovering
     assert read.keys[0] == KEYS.meta, "for the head of the reply"
     assert read.args[0] == "r1"
@@ -130,7 +130,7 @@ def test_a_limit_set_at_run_time_is_in_force_until_its_end_or_forever_if_its_end
 @pytest.mark.parametrize(
     ("units", "clear", "word"), [(5, False, "5"), (0, False, "0"), (None, False, "-"), (None, True, ""), (5, True, "")]
 )
-def test_set_limit_sends_a_zero_limit_an_uncapped_limit_and_a_cleared_limit_as_different_words(units, clear, word):
+def test_a_zero_limit_and_an_uncapped_limit_and_a_cleared_limit_are_sent_as_different_words(units, clear, word):
     assert set_limit(KEYS, "agent", units, 9, "usd,day,UTC,spend", clear=clear).args == [
         *("agent", word, 9, "usd,day,UTC,spend")
     ]

@@ -242,7 +242,7 @@ def test_the_reply_to_a_commit_has_flags_for_an_overrun_and_for_a_late_commit(wi
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
 
 
-def test_the_mode_of_a_commit_selects_the_exact_the_reserved_or_the_accrued_amount(wire):
+def test_the_mode_of_a_commit_selects_the_given_or_the_reserved_or_the_accrued_amount(wire):
     for hold_id, mode, expected in (
         ("op_1", "x70", 70),
         ("op_2", "r150", 150),
@@ -380,7 +380,7 @@ def begun(client, wire) -> Wire:
 
 
 def stored(wire: Wire) -> dict[str, object]:
-    """All keys except those that each batch may write."""
+    """The contents of all keys except the keys that every batch may write."""
     everything = dump(wire.client)
     for key in (wire.session.keys.meta, wire.session.keys.replicas):
         del everything[key]

@@ -1,4 +1,4 @@
-"""If the reply to a settlement is lost, its replica counts and logs the spend once, at the later acknowledgement."""
+"""If the reply to a settlement is lost, the sending replica counts and logs the spend once, when it is acknowledged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A replica that makes calls of every kind that changes the ledger, reads a line to stop, and prints its spend.
+"""A replica that makes every kind of call that changes the ledger. When it reads a line, it stops and prints its spend.
 
-Options: `url, callers, worker`. Some holds expire first; most of these are then committed, released or extended.
+Options: `url, callers, worker`. Some of its holds expire; most of those are later committed, released or extended.
 """
 
 import asyncio

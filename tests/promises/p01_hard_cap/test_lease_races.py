@@ -133,7 +133,7 @@ def test_the_chunk_of_a_killed_process_becomes_unconfirmed_in_full(server, clien
 
 
 async def test_the_spend_from_leases_of_three_replicas_adds_up_in_a_random_history(server, client):
-    """The final spend in the store equals the sum that the test has kept, and no step exceeds the cap."""
+    """The final spend in the store equals the sum that the test has kept, and the cap is never exceeded."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)

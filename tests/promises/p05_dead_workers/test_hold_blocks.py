@@ -39,7 +39,7 @@ class WorkError(Exception):
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-async def test_the_accrued_spend_and_option_on_error_decide_what_an_async_hold_block_charges(
+async def test_the_accrued_spend_and_the_on_error_option_decide_what_an_async_hold_block_charges(
     client, limiter, way, expected
 ):
     accrued, raises, on_error = way
@@ -55,7 +55,7 @@ async def test_the_accrued_spend_and_option_on_error_decide_what_an_async_hold_b
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-def test_the_accrued_spend_and_option_on_error_decide_what_a_sync_hold_block_charges(
+def test_the_accrued_spend_and_the_on_error_option_decide_what_a_sync_hold_block_charges(
     client, sync_limiter, way, expected
 ):
     accrued, raises, on_error = way
@@ -285,7 +285,7 @@ async def test_the_spend_of_200_concurrent_blocks_adds_up(client, limiter):
     assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
-async def test_the_block_of_limiter_keep_commits_the_accrued_spend_of_an_existing_hold(client, limiter):
+async def test_a_block_of_the_method_keep_commits_the_accrued_spend_of_an_existing_hold(client, limiter):
     hold = await limiter.reserve("agent", "0.15")
     async with limiter.keep(hold) as kept:
         assert kept is hold

@@ -1,4 +1,4 @@
-"""Reads after a data loss return the former figures or raise; they never show an empty budget (P10, P13)."""
+"""Reads after a data loss return the former figures or raise an error; they show no empty budget (P10, P13)."""
 
 from __future__ import annotations
 

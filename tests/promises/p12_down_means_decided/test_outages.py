@@ -117,7 +117,7 @@ async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
 
 
 async def test_462_every_call_ends_within_its_deadline_during_an_outage(outage, stopwatch):
-    """envoyproxy/ratelimit #462: no call waits ten seconds. Calls are made one after another and timed one by one."""
+    """envoyproxy/ratelimit #462: no call waits ten seconds. The calls run one after another, and each is timed."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
@@ -428,7 +428,7 @@ async def test_policy_allow_defers_commits_by_id_only_for_holds_of_the_same_repl
 async def test_an_old_settlement_is_not_resent_if_the_store_may_have_executed_the_settlement(
     server, tmp_path_factory, caplog
 ):
-    """After a day the store may have forgotten the id and would charge it twice. Unsent spend has no maximum age."""
+    """After a day the store may no longer have the id and would charge twice. Unsent spend has no maximum age."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
         AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
@@ -502,7 +502,7 @@ async def test_closing_the_limiter_closes_its_connections_even_if_the_last_repla
 
 
 async def test_calls_that_wait_for_a_repair_raise_an_error_when_the_limiter_closes(server):
-    """No lane sends the waiting calls during a repair."""
+    """During a repair no connection sends the waiting calls."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")
     limiter.engine.dispatcher.repair.active = True
@@ -653,7 +653,7 @@ def free_tcp_port() -> int:
 
 
 async def test_deferred_spend_that_was_never_sent_has_no_maximum_age(own_server):
-    """Only an attempt that may have been executed limits how long a settlement can be resent."""
+    """A settlement has a maximum age only if the store may already have executed an earlier attempt."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()

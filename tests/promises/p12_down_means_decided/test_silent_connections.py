@@ -119,7 +119,7 @@ async def test_if_the_reply_to_an_executed_request_is_lost_the_request_counts_on
 
 
 @pytest.mark.parametrize("durability", ["disk"])
-async def test_a_record_with_durability_disk_is_resent_on_a_new_connection_if_no_reply_arrives(
+async def test_a_record_that_must_reach_the_disk_is_resent_on_a_new_connection_if_no_reply_arrives(
     start_server: Callable, no_probes, durability
 ):
     own = start_server(None, "--appendonly", "yes")

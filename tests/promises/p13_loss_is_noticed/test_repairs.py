@@ -324,7 +324,7 @@ async def test_a_lost_commit_is_restored_even_if_its_reply_is_read_only_after_th
 
 
 async def test_a_record_repeated_after_a_loss_counts_once_even_if_both_replies_arrive(limiter, client):
-    """The reply of the lost store to the first attempt is read only after the second attempt has succeeded."""
+    """The reply to the first attempt is read only after the second attempt has succeeded."""
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
     deliver, dispatcher.deliver = dispatcher.deliver, lambda *arguments: late.append(arguments)

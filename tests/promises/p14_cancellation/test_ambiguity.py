@@ -295,7 +295,7 @@ async def test_a_commit_with_unknown_outcome_is_recorded_although_its_hold_was_l
 async def test_an_error_is_ambiguous_if_the_first_reply_was_lost_and_the_second_attempt_was_refused(
     proxy, limiter, client
 ):
-    """The store refuses the second attempt (out of memory), but has executed the first one."""
+    """The store has executed the first attempt; then it is out of memory and refuses the second attempt."""
     others: list[asyncio.Task] = []
 
     def fate() -> str | None:
@@ -323,7 +323,7 @@ async def test_an_error_is_ambiguous_if_the_first_reply_was_lost_and_the_second_
 async def test_a_reservation_with_a_lost_reply_is_released_although_the_second_attempt_was_refused(
     proxy, limiter, client
 ):
-    """The reply to the first attempt was lost; the store refuses the second one (out of memory)."""
+    """The reply to the first attempt is lost; the store is out of memory and refuses the second attempt."""
     for _ in range(2):
         await (await limiter.reserve("agent", "0.01")).release()  # the server has both scripts
     fates = iter(["reply"])

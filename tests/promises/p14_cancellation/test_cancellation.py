@@ -36,7 +36,7 @@ async def cancelled(task: asyncio.Task) -> None:
 
 
 async def in_flight(client, call, held: str) -> asyncio.Task:
-    """Start a call; return after its execution, before its reply."""
+    """Start a call; return when the store has executed the call, before the reply arrives."""
     task = asyncio.create_task(call)
     await until(lambda: sums(client)["held"] == to_units(held))
     return task

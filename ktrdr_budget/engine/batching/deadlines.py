@@ -33,7 +33,9 @@ class Deadlines:
 
     def __init__(self, expire: Callable[[], float]) -> None:
         self._expire = expire
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = 0.0
+        """The time of the timer. (If that time has already passed, uvloop returns a timer without ``when()``.)"""
         self.next_s = math.inf
         """The time of the next check, by the event loop's clock; an earlier deadline brings the check forward."""
         self.stalled_s = 0.0
@@ -49,7 +51,8 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         now_s = loop.time()
-        self._timer = loop.call_at(min(max(self.next_s, now_s), now_s + _TICK_S), self._run, loop)
+        self._timer_s = min(max(self.next_s, now_s), now_s + _TICK_S)
+        self._timer = loop.call_at(self._timer_s, self._run, loop)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         self._note_stall(loop)
@@ -63,7 +66,7 @@ class Deadlines:
             self._wait(loop)
 
     def _note_stall(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._timer is not None and (late_s := loop.time() - self._timer.when()) > LATE_S:
+        if self._timer is not None and (late_s := loop.time() - self._timer_s) > LATE_S:
             self.stalled_s += late_s
 
     def stop(self) -> None:

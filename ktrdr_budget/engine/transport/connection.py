@@ -145,7 +145,8 @@ class Connection(asyncio.Protocol):
         self.last_used_s = self._loop.time()
         """When the last request was sent, in the event loop's time."""
         self._wake_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = 0.0
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """A future that completes when the connection is closed."""
         pool.opened.add(self)
@@ -195,7 +196,7 @@ class Connection(asyncio.Protocol):
         self.last_used_s = now_s = self._loop.time()
         if on_resend is not None:
             self._wake_s = now_s + (deadline - now_s) * HEDGE_SHARE
-        if self._timer is None or self._timer.when() > self._wake_s:
+        if self._timer is None or self._timer_s > self._wake_s:
             self._set_timer()
         self._transport.write(packed)
 
@@ -252,7 +253,8 @@ class Connection(asyncio.Protocol):
         """Set the connection's only timer. A timer for each request would cost as much as sending the request."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._wake_s, self._on_timer)
+        self._timer_s = self._wake_s
+        self._timer = self._loop.call_at(self._timer_s, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

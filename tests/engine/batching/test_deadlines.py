@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
+from ktrdr_budget.engine.batching.deadlines import Deadlines
 
 from ...helpers.patience import away
 from ...helpers.stopwatch import Stopwatch
@@ -50,3 +54,27 @@ async def test_each_of_many_waiting_calls_ends_by_its_own_deadline(hanging):
 
     late = await asyncio.gather(*(delay_s(0.5 - 0.02 * number) for number in range(10)))
     assert max(late) < 0.5, late
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_deadlines_that_have_passed_or_are_near_are_checked_on_both_event_loops(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+):
+    async def check_at(delay_s: float) -> float:
+        """The time between the deadline and the check, in seconds."""
+        loop = asyncio.get_running_loop()
+        checked = loop.create_future()
+
+        def expire() -> float:
+            checked.set_result(loop.time())
+            return math.inf
+
+        deadlines = Deadlines(expire)
+        deadline = loop.time() + delay_s
+        deadlines.watch(loop, deadline + 1)
+        deadlines.watch(loop, deadline)
+        return await asyncio.wait_for(checked, 20) - deadline
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        for delay_s in (-1, 0, 0.0004, 0.05):
+            assert runner.run(check_at(delay_s)) >= 0

@@ -7,9 +7,10 @@ from typing import Final, NamedTuple
 
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.keys import Keys
-from ktrdr_budget.engine.protocol.operations import Operation, Rendered
+from ktrdr_budget.engine.protocol.operations import Operation
 from ktrdr_budget.engine.protocol.replies import Reply
 from ktrdr_budget.engine.protocol.scripts import FAST_PATH, script_for
+from ktrdr_budget.engine.protocol.window import BatchWindows, Window
 
 __all__ = ["BatchHead", "EncodedBatch", "Header", "Settings", "encode_batch", "parse_batch"]
 
@@ -95,70 +96,36 @@ def encode_batch(
     """
     if use_fast_path and all([op.uses_fast_path for op in ops]):  # noqa: C419  # a list is faster
         return _encode_fast(keys, header, ops)
-    windows = _Windows()
-    hold_keys: list[str] = []
-    lines: list[str] = []
-    for op in ops:
-        lines.append(windows.line(op.render()))
-        hold_keys.append(op.key)
+    windows = BatchWindows()
+    lines = [op.render(windows) for op in ops]
     epoch, started = header.epoch or "-", header.started_us
     started_word = f"-{header.age_us}" if started is None else str(started)
-    numbers = header.replica, epoch, str(header.acknowledged), started_word, str(len(windows.numbers))
-    args = [*numbers, header.settings_word, *windows.words, *lines]
+    numbers = header.replica, epoch, str(header.acknowledged), started_word, str(len(windows.listed))
+    words = [word for window in windows.listed for word in window.words]
     script = script_for({op.letter for op in ops}, repairs=repairs)
-    return EncodedBatch(script, [*keys.of_writes, *windows.keys, *hold_keys], args)
-
-
-class _Windows:
-    """The windows of a batch. Each window is listed once; operations refer to a window by its number."""
-
-    __slots__ = ("keys", "numbers", "words")
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, str] = {}
-        self.keys: list[str] = []
-        self.words: list[str] = []
-
-    def line(self, rendered: Rendered) -> str:
-        """Render the line of an operation: the head, then the number and text of each window, then the tail."""
-        text, parts, tail = rendered
-        numbers = self.numbers
-        for window, amounts in parts:
-            number = numbers.get(window.key)
-            if number is None:
-                number = numbers[window.key] = f" {len(numbers) + 1}"
-                self.words += window.words
-                self.keys += (window.key, window.ledger_key)
-            text += number + amounts
-        return text + tail
+    args = [*numbers, header.settings_word, *words, *lines]
+    return EncodedBatch(script, [*keys.of_writes, *windows.store_keys, *[op.key for op in ops]], args)
 
 
 def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> EncodedBatch:
     """Render a batch for the fast path. A mark shows in which windows the batch reserves amounts."""
-    windows = _Windows()
-    hold_keys: list[str] = []
-    lines: list[str] = []
-    reserved: set[str] = set()
-    start_ms, end_ms = 0, _ENDLESS_MS
-    line = windows.line
+    windows = BatchWindows()
+    lines = [op.render_fast(windows) for op in ops]
+    reserved: dict[str, Window] = {}
     for op in ops:
-        lines.append(line(op.render_fast()))
-        hold_keys.append(op.key)
         if op.asks_for_money:
             for window in op.windows:
-                if window.key in reserved:
-                    continue
-                reserved.add(window.key)
-                span = window.span
-                start_ms = max(start_ms, span.start_ms)
-                end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)
-    marks = ["!" if key in reserved else "-" for key in windows.numbers]
+                reserved[window.key] = window
+    spans = [window.span for window in reserved.values()]
+    start_ms = max([span.start_ms for span in spans], default=0)
+    end_ms = min([span.end_ms or _ENDLESS_MS for span in spans], default=_ENDLESS_MS)
+    marks = ["!" if window.key in reserved else "-" for window in windows.listed]
     replica = header.replica
     claim = f"{header.started_us or 0:016d} {replica}"
     bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
     numbers = f"r:{replica}", header.epoch or "-", str(header.acknowledged), claim, *bounds, str(header.id_memory_ms)
     args = [*numbers, header.settings_word, str(len(marks)), *marks, *lines]
-    return EncodedBatch(FAST_PATH, [*keys.of_writes[:4], *windows.keys, *hold_keys], args)
+    return EncodedBatch(FAST_PATH, [*keys.of_writes[:4], *windows.store_keys, *[op.key for op in ops]], args)
 
 
 def parse_batch(reply: bytes | str, ops: Sequence[Operation]) -> tuple[BatchHead, list[Reply]]:

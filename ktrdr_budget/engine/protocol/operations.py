@@ -1,12 +1,12 @@
 """The operations of a batch. Each class renders the operation's request and parses the operation's reply.
 
-The request of an operation consists of a head (a letter and fields), one text for each window, and a tail. The text of
-a window follows the window's number in the batch.
+The request of an operation consists of a head (a letter and fields), a text for each window, and a tail. The text of a
+window follows the window's number in the batch, with a space before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 from ktrdr_budget.engine.protocol import codes
@@ -31,7 +31,7 @@ from ktrdr_budget.engine.protocol.replies import (
     parse_common,
     parse_settled,
 )
-from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.engine.protocol.window import BatchWindows, Window
 
 __all__ = [
     "LONGEST_HOLD_MS",
@@ -40,10 +40,10 @@ __all__ = [
     "Extend",
     "ExtendAmount",
     "Labels",
+    "Numbers",
     "Operation",
     "RecordSpend",
     "Release",
-    "Rendered",
     "ReplayLimit",
     "ReplayTotal",
     "Reserve",
@@ -59,8 +59,8 @@ _LASTING_MS: Final = 315_360_000_000
 _FAST_UNITS_MAX: Final = 2**46
 """The fast path commits at most this many units, so that the sums of a whole batch stay exact."""
 
-Rendered = tuple[str, Sequence[tuple[Window, str]], str]
-"""The head; each window, with the text that follows the number of the window; and the tail."""
+Numbers = Mapping[Window, str]
+"""The number of each window in a batch, with a space before it."""
 
 
 class Labels(NamedTuple):
@@ -117,11 +117,11 @@ class Operation:
         """Whether the operation is a settlement or report. These are sent even if the caller is gone."""
         return True
 
-    def render(self) -> Rendered:
+    def render(self, numbers: Numbers) -> str:
         """Render the operation for its own script."""
         raise NotImplementedError
 
-    def render_fast(self) -> Rendered:
+    def render_fast(self, numbers: Numbers) -> str:
         """Render the operation for the fast path."""
         raise NotImplementedError
 
@@ -134,7 +134,8 @@ class Operation:
 
     def same_as(self, other: Operation) -> bool:
         """Whether both operations request the same change."""
-        return self.render() == other.render()
+        numbers = BatchWindows()
+        return self.render(numbers) == other.render(numbers)
 
 
 class Reserve(Operation):
@@ -156,7 +157,6 @@ class Reserve(Operation):
         hold_id: str,
         key: str,
         parts: Sequence[tuple[Window, int]],
-        *,
         ttl_ms: int,
         policy: str,
         labels: Labels,
@@ -175,32 +175,28 @@ class Reserve(Operation):
             else f"-!{request} - -" if request
             else "- - -"
         )  # fmt: skip
-        if len(parts) == 1:  # by far the most
-            window, units = parts[0]
-            self.windows = (window,)
-            self.uses_fast_path = window.has_grants
-            self._segments = f"{window.segment}{units},,"
-            expires_ms = window.expires_ms
-        else:
-            self.windows = [window for window, _ in parts]
-            self.uses_fast_path = all(window.has_grants for window, _ in parts)
-            self._segments = "".join([f"{window.segment}{units},," for window, units in parts])
-            expiries = [window.expires_ms for window, _ in parts]
-            expires_ms = 0 if 0 in expiries else max(expiries)
-        # An open hold's record lives as long as its windows: only the record says what to return to the windows.
-        self._expires_ms = expires_ms or now_ms + _LASTING_MS
+        windows: list[Window] = []
+        segments, have_grants, expires_ms = "", True, 0
+        for window, units in parts:
+            windows.append(window)
+            segments += f"{window.segment}{units},,"
+            have_grants = have_grants and window.has_grants
+            # An open hold's record lives as long as its windows: only the record says what to return to the windows.
+            expires_ms = max(expires_ms, window.expires_ms or now_ms + _LASTING_MS)
+        self.windows = windows
+        self.uses_fast_path = have_grants
+        self._segments = segments
+        self._expires_ms = expires_ms
 
     @property
     def is_fact(self) -> bool:
         return False
 
-    def render(self) -> Rendered:
-        head = f"R {self.hold_id} {self.ttl_ms} {self.policy} {self._expires_ms}"
-        parts = self.parts
-        if len(parts) == 1:
-            window, units = parts[0]
-            return head, ((window, f":{units}"),), f"\n{self._labels}{self._segments}"
-        return head, [(window, f":{units}") for window, units in parts], f"\n{self._labels}{self._segments}"
+    def render(self, numbers: Numbers) -> str:
+        text = f"R {self.hold_id} {self.ttl_ms} {self.policy} {self._expires_ms}"
+        for window, units in self.parts:
+            text += f"{numbers[window]}:{units}"
+        return f"{text}\n{self._labels}{self._segments}"
 
     render_fast = render
 
@@ -269,7 +265,7 @@ class Commit(SettlingOperation):
         known: the text of the hold's record if it was read for this commit, else empty.
     """
 
-    __slots__ = ("_fast", "_settled_text", "amounts", "known", "remark", "trace_id")
+    __slots__ = ("_fast", "_settled", "_settled_text", "amounts", "known", "remark", "trace_id")
     letter = codes.COMMIT
 
     def __init__(
@@ -278,7 +274,6 @@ class Commit(SettlingOperation):
         key: str,
         windows: Sequence[Window],
         amounts: Sequence[CommitAmount],
-        *,
         remark: str = "",
         trace_id: str = "",
         known: str = "",
@@ -297,12 +292,13 @@ class Commit(SettlingOperation):
     def units(self) -> tuple[int, ...]:
         return tuple([amount.units for amount in self.amounts])
 
-    def render(self) -> Rendered:
-        head = f"D {self.hold_id}"
+    def render(self, numbers: Numbers) -> str:
+        text = f"D {self.hold_id}"
         if self.remark:
-            head = f"{codes.COMMIT_WITH_REMARK} {self.hold_id} {word(self.remark)} {word(self.trace_id)}"
-        parts = [(w, f":{mode}{units}") for w, (mode, units) in zip(self.windows, self.amounts, strict=True)]
-        return head, parts, ""
+            text = f"{codes.COMMIT_WITH_REMARK} {self.hold_id} {word(self.remark)} {word(self.trace_id)}"
+        for window, (mode, units) in zip(self.windows, self.amounts, strict=True):
+            text += f"{numbers[window]}:{mode}{units}"
+        return text
 
     def enable_fast_path(self, replica: str, record: str, reserved: Sequence[int]) -> None:
         """Prepare the request of the fast path. The hold must not have changed since its grant.
@@ -312,45 +308,38 @@ class Commit(SettlingOperation):
             record: the text of the hold's record.
             reserved: whole units for each window.
         """
+        head, *segments = record.split("|")
+        settled_text = f"c{head[1:]}"
+        texts: list[str] = []
+        charges: list[int] = []
         overrun = False
-        if len(reserved) == 1:  # by far the most
-            [window], [(_, units)] = self.windows, self.amounts
-            is_slots = window.flag == codes.SLOTS
-            counted = reserved[0]
-            if counted > _FAST_UNITS_MAX or units > _FAST_UNITS_MAX:
+        for window, (_, units), counted, segment in zip(self.windows, self.amounts, reserved, segments, strict=True):
+            if units > _FAST_UNITS_MAX or counted > _FAST_UNITS_MAX:
                 return
-            settled_text = f"c{record[1:]}{0 if is_slots else units}"
-            if is_slots:
-                parts = [(window, f":{counted}:")]
-                charged: tuple[int, ...] = (0,)
+            if window.flag == codes.SLOTS:
+                units, text = 0, f":{counted}:"
+            elif units > counted:
+                overrun, text = True, f":{counted}:{units}o"
             else:
-                overrun = units > counted
-                parts = [(window, f":{counted}:{units}o" if overrun else f":{counted}:{units}")]
-                charged = (units,)
-        else:
-            head, *segments = record.split("|")
-            charges = [0 if w.flag == codes.SLOTS else a.units for w, a in zip(self.windows, self.amounts, strict=True)]
-            charged = tuple(charges)
-            settled_text = f"c{head[1:]}" + "".join([f"|{s}{n}" for s, n in zip(segments, charges, strict=True)])
-            parts = []
-            for window, counted, units in zip(self.windows, reserved, charges, strict=True):
-                if counted > _FAST_UNITS_MAX or units > _FAST_UNITS_MAX:
-                    return
-                over = units > counted
-                spent = "" if window.flag == codes.SLOTS else f"{units}o" if over else f"{units}"
-                parts.append((window, f":{counted}:{spent}"))
-                overrun = overrun or over
+                text = f":{counted}:{units}"
+            texts.append(text)
+            charges.append(units)
+            settled_text += f"|{segment}{units}"
         self.uses_fast_path = True
         self._settled_text = settled_text
-        rendered = f"C {self.hold_id} {label_words_of(record)}", parts, f"\n{record}\n{settled_text} {replica}"
-        self._fast: tuple[Rendered, Settled] = rendered, Settled(charged, False, overrun)
+        self._settled = Settled(tuple(charges), False, overrun)
+        self._fast = label_words_of(head), texts, f"\n{record}\n{settled_text} {replica}"
 
-    def render_fast(self) -> Rendered:
-        return self._fast[0]
+    def render_fast(self, numbers: Numbers) -> str:
+        label_words, texts, tail = self._fast
+        line = f"C {self.hold_id} {label_words}"
+        for window, text in zip(self.windows, texts, strict=True):
+            line += numbers[window] + text
+        return line + tail
 
     def parse(self, line: str) -> Reply:
         if line == codes.DONE:  # the fast path's
-            return self._fast[1]
+            return self._settled
         self._settled_text = ""
         return super().parse(line)
 
@@ -396,8 +385,8 @@ class Release(SettlingOperation):
     def is_release(self) -> bool:
         return True
 
-    def render(self) -> Rendered:
-        return f"L {self.hold_id} {self.mode}{self.request}", [(window, ":x0") for window in self.windows], ""
+    def render(self, numbers: Numbers) -> str:
+        return f"L {self.hold_id} {self.mode}{self.request}" + "".join([f"{numbers[w]}:x0" for w in self.windows])
 
     def is_correctable(self, settled: Settled) -> bool:
         """Whether the worker's later commit can still correct this release, as far as the reply shows.
@@ -455,9 +444,9 @@ class RecordSpend(SettlingOperation):
         labels = {"operation": self.operation, "trace_id": self.trace_id}
         return self if self.is_late else RecordSpend(self.hold_id, self.key, self.parts, is_late=True, **labels)
 
-    def render(self) -> Rendered:
+    def render(self, numbers: Numbers) -> str:
         head = f"N {self.hold_id} {self.is_late:d} {word(self.operation)} {word(self.trace_id)}"
-        return head, [(window, f":{units}") for window, units in self.parts], ""
+        return head + "".join([f"{numbers[window]}:{units}" for window, units in self.parts])
 
     def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
         segments = tuple(segment._replace(charged=segment.reserved) for segment in segments_of(self.parts))
@@ -479,8 +468,8 @@ class Restore(SettlingOperation):
     def units(self) -> tuple[int, ...]:
         return tuple([segment.charged for segment in parse_record(self.text).segments])
 
-    def render(self) -> Rendered:
-        return f"K {self.hold_id}", [(window, ":") for window in self.windows], f"\n{self.text}"
+    def render(self, numbers: Numbers) -> str:
+        return f"K {self.hold_id}" + "".join([f"{numbers[window]}:" for window in self.windows]) + f"\n{self.text}"
 
     def parse(self, line: str) -> Reply:
         if line == codes.GRANTED:
@@ -509,9 +498,8 @@ class SettleOnBehalf(SettlingOperation):
     def units(self) -> tuple[int, ...]:
         return self.settlement.units
 
-    def render(self) -> Rendered:
-        head, parts, tail = self.settlement.render()
-        return f"S {self.replica} {head}", parts, tail
+    def render(self, numbers: Numbers) -> str:
+        return f"S {self.replica} {self.settlement.render(numbers)}"
 
     def parse(self, line: str) -> Reply:
         if line == codes.OUTGROWN:  # that replica has replayed its subtotal itself
@@ -557,12 +545,13 @@ class Extend(Operation):
         """A report of the same totals, which leaves the deadline unchanged."""
         return Extend(self.hold_id, self.key, self.windows, self.amounts, self.ttl_ms, ExtendMode.REPORT)
 
-    def render(self) -> Rendered:
-        parts = [
-            (window, f":{accrued}:{reserved}" if expected is None else f":{accrued}:{reserved}:{expected}")
-            for window, (accrued, reserved, expected) in zip(self.windows, self.amounts, strict=True)
-        ]
-        return f"E {self.hold_id} {self.ttl_ms} {self.mode}", parts, ""
+    def render(self, numbers: Numbers) -> str:
+        text = f"E {self.hold_id} {self.ttl_ms} {self.mode}"
+        for window, (accrued, reserved, expected) in zip(self.windows, self.amounts, strict=True):
+            text += f"{numbers[window]}:{accrued}:{reserved}"
+            if expected is not None:
+                text += f":{expected}"
+        return text
 
     def parse(self, line: str) -> Reply:
         if line[0] == codes.EXTENDED:
@@ -582,8 +571,8 @@ class Retire(Operation):
         """An operation that changes nothing, because its hold does not exist. It is sent to probe the store."""
         return cls("-", key, ())
 
-    def render(self) -> Rendered:
-        return f"X {self.hold_id}", [(window, "") for window in self.windows], ""
+    def render(self, numbers: Numbers) -> str:
+        return f"X {self.hold_id}" + "".join([numbers[window] for window in self.windows])
 
     def parse(self, line: str) -> Reply:
         return RETIRED if line == codes.RETIRED else parse_common(line)
@@ -599,8 +588,8 @@ class ReplayTotal(Operation):
         super().__init__("-", key, (window,))
         self.units = units
 
-    def render(self) -> Rendered:
-        return "T -", [(self.windows[0], f":{self.units}")], ""
+    def render(self, numbers: Numbers) -> str:
+        return f"T -{numbers[self.windows[0]]}:{self.units}"
 
     def parse(self, line: str) -> Reply:
         return parse_settled(line) if line[0] == codes.DONE else parse_common(line)
@@ -627,9 +616,9 @@ class ReplayLimit(Operation):
         self.changed_us = changed_us
         self.definition = definition
 
-    def render(self) -> Rendered:
+    def render(self, numbers: Numbers) -> str:
         limit = "-" if self.limit is None else str(self.limit)
-        return f"Q - {self.budget} {limit} {self.until_ms} {self.changed_us} {self.definition}", (), ""
+        return f"Q - {self.budget} {limit} {self.until_ms} {self.changed_us} {self.definition}"
 
     def parse(self, line: str) -> Reply:
         if line in (codes.GRANTED, codes.REPLAYED):

@@ -7,7 +7,7 @@ from ktrdr_budget.engine.protocol.keys import Keys, stored_window
 from ktrdr_budget.models import Budget
 from ktrdr_budget.periods import Span
 
-__all__ = ["Window", "flag_of"]
+__all__ = ["BatchWindows", "Window", "flag_of"]
 
 
 class Window:
@@ -73,6 +73,32 @@ class Window:
 
     def __repr__(self) -> str:
         return f"<Window {self.name}>"
+
+
+class BatchWindows(dict[Window, str]):
+    """The windows of a batch, each with its number and a space before the number.
+
+    The look-up of a window that is not listed yet appends the window to the list.
+    """
+
+    def __init__(self) -> None:
+        self.listed: list[Window] = []
+        """The windows by their numbers, which begin at 1."""
+        self._numbers: dict[str, str] = {}
+        """The numbers by the keys of windows, because several objects may describe one window."""
+
+    def __missing__(self, window: Window) -> str:
+        number = self._numbers.get(window.key)
+        if number is None:
+            self.listed.append(window)
+            number = self._numbers[window.key] = f" {len(self.listed)}"
+        self[window] = number
+        return number
+
+    @property
+    def store_keys(self) -> list[str]:
+        """The keys of the listed windows, each followed by the key of the window's ledger."""
+        return [key for window in self.listed for key in (window.key, window.ledger_key)]
 
 
 def flag_of(budget: Budget) -> str:

@@ -228,7 +228,7 @@ def test_the_grant_of_a_cancelled_caller_is_released_at_once_or_after_the_store_
     [(kind, queued_release)] = queued(context)
     [request], _ = drive(release_grant(context, hold), answer(Settled((0,))))
     assert kind == "release"
-    assert queued_release.render() == request.render()
+    assert queued_release.same_as(request)
     assert context.state.journal.open_hold(hold.id) is None
 
 

@@ -12,7 +12,6 @@ from ktrdr_budget.engine.protocol.operations import (
     Extend,
     ExtendAmount,
     Labels,
-    Operation,
     RecordSpend,
     Release,
     ReplayLimit,
@@ -25,7 +24,7 @@ from ktrdr_budget.engine.protocol.operations import (
 from ktrdr_budget.engine.protocol.replies import Settled
 from ktrdr_budget.engine.protocol.window import Window
 
-from ...helpers.windows import make_window
+from ...helpers.windows import make_window, text_of
 
 NOW_MS = 1_796_040_000_000
 EXPIRES_MS = NOW_MS + 86_400_000
@@ -49,12 +48,6 @@ def commit(*parts: tuple[Window, int], mode: CommitMode = CommitMode.EXACT, **te
 
 def extend(mode: ExtendMode = ExtendMode.HEARTBEAT, **totals: int) -> Extend:
     return Extend("a", "key", [AGENT], [ExtendAmount(**totals)], 1000, mode)
-
-
-def text_of(op: Operation) -> str:
-    """The operation as one text; the name of a budget replaces the number of its window."""
-    head, parts, tail = op.render()
-    return " ".join([head, *(f"{window.budget}{amounts}" for window, amounts in parts)]) + tail
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -99,14 +92,14 @@ def test_each_operation_is_rendered_as_the_wire_document_describes(op, text):
     ],
 )
 def test_the_record_of_a_reservation_contains_the_labels_and_the_request_as_words(labels, request_name, words):
-    tail = reserve(labels=labels, request=request_name).render()[2]
-    assert tail == f"\n{words}{AGENT.segment}5,,"
+    _, record = text_of(reserve(labels=labels, request=request_name)).split("\n")
+    assert record == f"{words}{AGENT.segment}5,,"
 
 
 def test_a_hold_record_expires_with_its_last_window_or_in_ten_years_if_a_window_has_no_end():
-    assert reserve((TOKENS, 3), (AGENT, 5)).render()[0].endswith(f" {TOKENS.expires_ms}")
+    assert text_of(reserve((TOKENS, 3), (AGENT, 5))).startswith(f"R a 1000 c {TOKENS.expires_ms} ")
     for parts in ([(JOBS, 1)], [(AGENT, 5), (JOBS, 1)]):
-        assert reserve(*parts).render()[0].endswith(f" {NOW_MS + TEN_YEARS_MS}")
+        assert text_of(reserve(*parts)).startswith(f"R a 1000 c {NOW_MS + TEN_YEARS_MS} ")
 
 
 # -- the fast path -----------------------------------------------------------------------------------------------------
@@ -132,11 +125,11 @@ def test_a_replica_computes_the_record_of_a_granted_hold_without_reading_the_sto
 @pytest.mark.parametrize(
     ("parts", "reserved", "amounts", "overrun"),
     [
-        ([(AGENT, 7)], [9], [":9:7"], False),
-        ([(AGENT, 7)], [5], [":5:7o"], True),
-        ([(JOBS, 5)], [1], [":1:"], False),
-        ([(AGENT, 7), (JOBS, 5)], [9, 1], [":9:7", ":1:"], False),
-        ([(TOKENS, 4), (AGENT, 7)], [3, 9], [":3:4o", ":9:7"], True),
+        ([(AGENT, 7)], [9], "agent:9:7", False),
+        ([(AGENT, 7)], [5], "agent:5:7o", True),
+        ([(JOBS, 5)], [1], "jobs:1:", False),
+        ([(AGENT, 7), (JOBS, 5)], [9, 1], "agent:9:7 jobs:1:", False),
+        ([(TOKENS, 4), (AGENT, 7)], [3, 9], "tokens:3:4o agent:9:7", True),
     ],
 )
 def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reserved, amounts, overrun):
@@ -144,11 +137,9 @@ def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reser
     op = commit(*parts)
     op.enable_fast_path("0123456789ab", granted, reserved)
     assert op.uses_fast_path
-    head, rendered, tail = op.render_fast()
     settled = op.parse("k")
     after = op.record(settled, granted, 9).render()
-    assert (head, [text for _, text in rendered]) == ("C a - -", amounts)
-    assert tail == f"\n{granted}\n{after} 0123456789ab"
+    assert text_of(op, fast=True) == f"C a - - {amounts}\n{granted}\n{after} 0123456789ab"
     assert settled.overrun == overrun
     assert op.record_text(settled, granted, 9) == after
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,12 @@ from ktrdr_budget.engine.protocol.operations import (
     Commit,
     CommitAmount,
     Labels,
+    Numbers,
     Operation,
-    Rendered,
     Reserve,
     Restore,
 )
+from ktrdr_budget.engine.protocol.window import BatchWindows, Window
 from ktrdr_budget.engine.replica.state import ReplicaState
 
 from ...helpers.keyspace import Entry, dump, immortal_keys, ledger_entries
@@ -43,18 +44,22 @@ BUDGETS = [
 class Raw(Operation):
     """An operation given as its text on the wire; its reply is the unparsed line."""
 
-    def __init__(self, hold_id: str, key: str, rendered: Rendered, fast: Rendered | None = None) -> None:
-        super().__init__(hold_id, key, [window for window, _ in rendered[1]])
-        self.letter = rendered[0][0]
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        windows: Sequence[Window],
+        render: Callable[[Numbers], str],
+        render_fast: Callable[[Numbers], str] | None = None,
+    ) -> None:
+        super().__init__(hold_id, key, windows)
+        self.letter = render(BatchWindows())[0]
         self.asks_for_money = self.letter == "R"
-        self.rendered = rendered
-        self.fast = fast
+        self.render = render
+        self.fast = render_fast
 
-    def render(self) -> Rendered:
-        return self.rendered
-
-    def render_fast(self) -> Rendered:
-        return self.fast or self.rendered
+    def render_fast(self, numbers: Numbers) -> str:
+        return (self.fast or self.render)(numbers)
 
     def parse(self, line: str) -> str:
         return line
@@ -74,24 +79,24 @@ class Wire:
         letter, *words = head.split(" ")
         if letter == "S":
             inner = self.op(" ".join(words[1:]), **parts)
-            text, windows, tail = inner.rendered
-            return Raw(inner.hold_id, inner.key, (f"S {words[0]} {text}", windows, tail))
+            return Raw(inner.hold_id, inner.key, inner.windows, lambda numbers: f"S {words[0]} {inner.render(numbers)}")
         hold_id = words.pop(0)
         key = self.session.keys.hold(hold_id)
-        windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
+        tails = [(self.session.current_window(name), tail) for name, tail in parts.items()]
+        windows = [window for window, _ in tails]
         if letter == "K":  # head: that of the record; tail: base, reserved, accrued, charged
-            segments = [f"|{window.flag},{window.name},{tail}" for window, tail in windows]
+            segments = [f"|{window.flag},{window.name},{tail}" for window, tail in tails]
             record = " ".join(words) + "".join(segments)
-            return Raw(hold_id, key, Restore(hold_id, key, [window for window, _ in windows], record).render())
+            return Raw(hold_id, key, windows, Restore(hold_id, key, windows, record).render)
         if letter == "R":
-            wanted = [(window, int(tail[1:])) for window, tail in windows]
+            wanted = [(window, int(tail[1:])) for window, tail in tails]
             ttl_ms, policy, owner, operation, trace_id = words
             labels = Labels(*("" if word == "-" else word for word in (owner, operation, trace_id)))
-            now_ms = self.session.now_ms()
-            op = Reserve(hold_id, key, wanted, ttl_ms=int(ttl_ms), policy=policy, labels=labels, now_ms=now_ms)
-            text, windows, tail = op.render()
-            return Raw(hold_id, key, (text, windows, tail.replace("%21", "!")))
-        return Raw(hold_id, key, (head, windows, ""))
+            op = Reserve(hold_id, key, wanted, int(ttl_ms), policy, labels, self.session.now_ms())
+            return Raw(hold_id, key, windows, lambda numbers: op.render(numbers).replace("%21", "!"))
+        return Raw(
+            hold_id, key, windows, lambda numbers: head + "".join(numbers[window] + tail for window, tail in tails)
+        )
 
     def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Raw:
         """A commit that may take the fast path."""
@@ -100,7 +105,7 @@ class Wire:
         amounts = [CommitAmount(CommitMode.EXACT, units) for units in spent.values()]
         made = Commit(hold_id, key, windows, amounts)
         made.enable_fast_path(self.session.replica_id, self.record(hold_id), [counted[name] for name in spent])
-        return Raw(hold_id, key, made.render(), made.render_fast())
+        return Raw(hold_id, key, windows, made.render, made.render_fast)
 
     def send(self, *ops: Raw, fast: bool = False) -> list[str]:
         header = self.session.header

@@ -9,7 +9,6 @@ from ktrdr_budget.engine.protocol.codes import CommitMode, ReleaseMode
 from ktrdr_budget.engine.protocol.operations import (
     Commit,
     CommitAmount,
-    Operation,
     RecordSpend,
     Release,
     Restore,
@@ -20,6 +19,8 @@ from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica import journal as journals
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS, HOLD_AGE_MAX_MS, Journal
 from ktrdr_budget.engine.replica.state import ReplicaState
+
+from ...helpers.windows import text_of
 
 NOW_MS = 1_764_000_000_000
 BUDGETS = [Budget("agent", "5.00"), Budget("ever", "5.00", period="ever"), Budget("jobs", 3, kind="slots")]
@@ -52,12 +53,6 @@ def grant(journal: Journal, hold_id: str, now_ms: int, labels: str = "- - -") ->
     journal.granted(hold_id, [AGENT], record, now_ms * 1000)
 
 
-def texts(op: Operation) -> tuple[str, list[str]]:
-    """An operation as it is sent: its own text, and the text of each of its windows."""
-    head, parts, tail = op.render()
-    return head + tail, [f"{window.budget}{amounts}" for window, amounts in parts]
-
-
 def totals(journal: Journal) -> dict[str, int]:
     return {op.windows[0].budget: op.units for op in journal.totals(KEYS)}
 
@@ -73,27 +68,27 @@ NAME = AGENT.name
 @pytest.mark.parametrize(
     ("op", "line", "again"),
     [
-        (commit("a", (AGENT, 5)), "k - 7", (f"K a\nc {AT} - - -|u,{NAME},,7,,7", ["agent:"])),
+        (commit("a", (AGENT, 5)), "k - 7", f"K a agent:\nc {AT} - - -|u,{NAME},,7,,7"),
         (
             commit("a", (AGENT, 7), remark="model", trace_id="t1"),
             "k o 7",
-            (f"K a\nc {AT} - model t1|u,{NAME},,7,,7", ["agent:"]),
+            f"K a agent:\nc {AT} - model t1|u,{NAME},,7,,7",
         ),
-        (commit("a", (AGENT, 7)), "k l 7", (f"K a\nc {AT} - - -|u,{NAME},,7,,7", ["agent:"])),
+        (commit("a", (AGENT, 7)), "k l 7", f"K a agent:\nc {AT} - - -|u,{NAME},,7,,7"),
         (
             commit("a", (AGENT, 7), (JOBS, 1)),
             "k - 7,0",
-            (f"K a\nc {AT} - - -|u,{NAME},,7,,7|s,{JOBS.name},,0,,0", ["agent:", "jobs:"]),
+            f"K a agent: jobs:\nc {AT} - - -|u,{NAME},,7,,7|s,{JOBS.name},,0,,0",
         ),
-        (spend("a", (AGENT, 7), operation="research", trace_id="t1"), "k - 7", ("N a 1 research t1", ["agent:7"])),
-        (release("a", AGENT), "k - 0", (f"K a\nr {AT} - - -|u,{NAME},,0,,", ["agent:"])),
+        (spend("a", (AGENT, 7), operation="research", trace_id="t1"), "k - 7", "N a 1 research t1 agent:7"),
+        (release("a", AGENT), "k - 0", f"K a agent:\nr {AT} - - -|u,{NAME},,0,,"),
     ],
 )
 def test_the_journal_replays_a_settlement_even_if_the_reservation_is_not_in_the_journal(op, line, again):
     journal = Journal()
     settle(journal, op, line)
     [replayed] = journal.settlements(KEYS, NOW_MS)
-    assert texts(replayed) == again
+    assert text_of(replayed) == again
     assert journal.settlements(KEYS, NOW_MS + AGE_MAX_MS + 1) == [], "the store may have dropped its id"
     assert totals(journal) == ({"agent": 7} if "7" in line else {})
 
@@ -106,7 +101,7 @@ def test_a_replayed_settlement_counts_for_the_replica_that_settled_first():
     own, other = journal.settlements(KEYS, NOW_MS)
     assert (own.hold_id, type(own)) == ("own", Restore)
     assert isinstance(other, SettleOnBehalf)
-    assert texts(other) == (f"S you K other\nc {AT} - - -|u,{NAME},,7,,7", ["agent:"])
+    assert text_of(other) == f"S you K other agent:\nc {AT} - - -|u,{NAME},,7,,7"
     assert totals(journal) == {"agent": 5}
 
 
@@ -162,8 +157,8 @@ def test_the_journal_keeps_a_hold_until_the_hold_is_settled_or_too_old():
     for hold_id in ("a", "b"):
         grant(journal, hold_id, NOW_MS, "me research t1")
     settle(journal, commit("a", (AGENT, 7)), "k - 7")
-    head = f"K b\no c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1|u,{NAME},,5,,"
-    assert [texts(op) for op in journal.holds(KEYS)] == [(head, ["agent:"])]
+    replay = f"K b agent:\no c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1|u,{NAME},,5,,"
+    assert [text_of(op) for op in journal.holds(KEYS)] == [replay]
     journal.settlements(KEYS, NOW_MS + HOLD_AGE_MAX_MS)
     [hold] = journal.holds(KEYS)
     journal.extended("b", hold.text, [AGENT], (NOW_MS + 2) * 1000)

@@ -141,7 +141,7 @@ class Dispatcher:
             raise RuntimeError("this limiter belongs to another event loop; create a limiter for each event loop")
         return running
 
-    def begin(self, flow: Flow[Any], operation: str, future: Any = None, *, kept: bool = False) -> PendingCall:
+    def begin(self, flow: Flow[Any], operation: str, future: Any = None, kept: bool = False) -> PendingCall:
         """Start a call whose future receives the result.
 
         Args:
@@ -149,10 +149,11 @@ class Dispatcher:
             kept: whether the limiter resends a failed settlement. Set if the caller will not retry.
         """
         loop = self.bind()
-        future = loop.create_future() if future is None else future
+        if future is None:
+            future = loop.create_future()
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
         deadline_s = loop.time() + self.timeout_s
-        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, self._stalled_max_s, kept=kept)
+        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, self.deadlines.stalled_s, kept)
         self._resume(call, None)
         return call
 
@@ -160,12 +161,12 @@ class Dispatcher:
         """Start a call that the limiter itself makes; return the future that receives the result."""
         return self.begin(flow, operation).future
 
-    async def run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
+    async def run(self, flow: Flow[Any], operation: str, kept: bool = False) -> Any:
         """Start a call, and await the result.
 
         If the caller does not receive the result, the limiter takes over the outcome (:meth:`leave`).
         """
-        call = self.begin(flow, operation, kept=kept)
+        call = self.begin(flow, operation, None, kept)
         try:
             return await call.future
         except BaseException as error:
@@ -209,21 +210,21 @@ class Dispatcher:
 
     def _finish(self, call: PendingCall, result: Any, error: BaseException | None) -> None:
         future, outbox = call.future, self.context.outbox
-        gone = future.cancelled()
-        if not gone:
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-        if gone or (call.kept and error is not None):
+        if future.cancelled():
             self._disown(call, result, error)
-        elif isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Operation):
-            self.replayer.resolve_later(call.request)
-        resolved = Settlement if gone else (HoldBase, Settlement)
+        elif error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+            if call.kept:
+                self._disown(call, result, error)
+            elif isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Operation):
+                self.replayer.resolve_later(call.request)
         first_reply_lost = call.unacknowledged
-        may_resolve = error is None and outbox.in_doubt and isinstance(result, resolved)
-        if may_resolve and not self.context.policy.owns(result.id):
-            first_reply_lost |= outbox.retried(result.id, settled=isinstance(result, Settlement))
+        if outbox.in_doubt and error is None:
+            resolved = Settlement if future.cancelled() else (HoldBase, Settlement)
+            if isinstance(result, resolved) and not self.context.policy.owns(result.id):
+                first_reply_lost |= outbox.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             if first_reply_lost and isinstance(result, Settlement):
                 result = replace(result, replayed=False)  # no observer has seen it yet
@@ -521,17 +522,12 @@ class Dispatcher:
             self._throw(call, unavailable(cause, self.store.shown, self.timeout_s, ambiguous=ambiguous, waited=why))
         return left
 
-    @property
-    def _stalled_max_s(self) -> float:
-        """The ``stalled_max_s`` of a call whose deadline is set now."""
-        return self.deadlines.stalled_s + self.timeout_s / 2
-
     def _was_stalled(self, call: PendingCall) -> bool:
         """Whether the event loop was blocked for at least half of a call's time.
 
         In that case a missing connection or reply does not indicate that the store is down.
         """
-        return self.deadlines.stalled_s >= call.stalled_max_s
+        return self.deadlines.stalled_s - call.stalled_before_s >= self.timeout_s / 2
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
         """Set a new deadline if the event loop was blocked; return whether the deadline was set.
@@ -545,7 +541,7 @@ class Dispatcher:
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
         call.was_renewed, call.deadline_s = True, self._loop.time() + self.timeout_s
-        call.stalled_max_s = self._stalled_max_s
+        call.stalled_before_s = self.deadlines.stalled_s
         return True
 
     def _refuse_queued(self) -> None:

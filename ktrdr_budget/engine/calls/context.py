@@ -94,7 +94,7 @@ class CallContext:
         return [(self.state.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
 
     def wanted(
-        self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, *, positive: bool = True
+        self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, positive: bool = True
     ) -> list[tuple[str, int]]:
         """The budgets of a request, each with its whole units."""
         state = self.state

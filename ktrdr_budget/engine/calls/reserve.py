@@ -70,9 +70,7 @@ def reserve_units(
     rounds = 0
     while True:
         parts = [(state.current_window(name), units) for name, units in wanted]
-        op = Reserve(
-            hold_id, key, parts, ttl_ms=ttl_ms, policy=policy, labels=labels, now_ms=state.now_ms(), request=request
-        )
+        op = Reserve(hold_id, key, parts, ttl_ms, policy, labels, state.now_ms(), request)
         try:
             reply, head = yield op
         except StoreUnavailable as error:
@@ -90,9 +88,7 @@ def reserve_units(
             deadline_ms = head.now_us // 1000 + ttl_ms
             granted = op.granted(head.now_us, deadline_ms)
             state.journal.granted(hold_id, op.windows, granted, head.now_us)
-            return context.new_hold(
-                hold_id, parts, ttl_ms, deadline_ms, granted=granted, request=request, created_us=head.now_us
-            )
+            return context.new_hold(hold_id, parts, ttl_ms, deadline_ms, request, head.now_us, granted)
         rounds += 1
         if isinstance(reply, Denied) and head.due and rounds < RETIRE_ROUNDS_MAX:
             yield from context.retire(head.due)
@@ -101,9 +97,9 @@ def reserve_units(
             if not record.is_due(head.now_us // 1000):
                 windows = context.windows_of(record)
                 state.journal.extended(hold_id, reply.text, windows, head.now_us)
-                parts = context.parts_of(record)
-                deadline_ms = record.deadline_ms
-                hold = context.new_hold(hold_id, parts, ttl_ms, deadline_ms, record=record, request=record.request)
+                parts, created_us = context.parts_of(record), record.created_us
+                hold = context.new_hold(hold_id, parts, ttl_ms, record.deadline_ms, record.request, created_us)
+                hold.resume(record)
                 # A hold that was granted to an earlier attempt of this request is not a replay.
                 hold.replayed = record.request != request or record.unreceived
                 return hold

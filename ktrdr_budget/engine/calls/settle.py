@@ -147,7 +147,7 @@ def _commit(
     trace_id = context.trace_id if remark else ""
     remark = checked_label(remark)
     key = context.state.keys.hold(hold_id)
-    return Commit(hold_id, key, windows, amounts, remark=remark, trace_id=trace_id, known=known)
+    return Commit(hold_id, key, windows, amounts, remark, trace_id, known)
 
 
 def _send(

@@ -96,12 +96,10 @@ class HoldBase:
         parts: Sequence[tuple[Window, int]],
         ttl_ms: int,
         deadline_ms: int,
-        *,
-        granted: str | None = None,
-        record: HoldRecord | None = None,
-        offline: OfflineBacking | None = None,
         request: str = "",
         created_us: int = 0,
+        granted: str | None = None,
+        offline: OfflineBacking | None = None,
     ) -> None:
         self.engine = engine
         self.id = hold_id
@@ -135,17 +133,14 @@ class HoldBase:
         self.lock = threading.Lock()
         """Protects the arithmetic, because threads may share a hold."""
         self.state: HoldState = "open"
-        self.created_us = created_us if record is None else record.created_us
+        self.created_us = created_us
         """When the store granted the hold, in microseconds since 1970 by the store's clock; 0 for an offline hold."""
         self.granted_in: str | None = engine.state.epoch
         """The store's epoch in which the hold was granted or last seen."""
-        self.replayed = record is not None
+        self.replayed = False
         """Whether an earlier call with the same id reserved the hold. If so, this object shows its present state."""
-        self.released_by_operator = record is not None and record.state == codes.RELEASED_BY_OPERATOR
+        self.released_by_operator = False
         """Whether the hold was released by an operator, or because its caller was gone. A later commit still counts."""
-        if record is not None:
-            self.state = codes.STATES[record.state]
-            self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
 
     def __repr__(self) -> str:
         # A Decimal of a few nano-dollars would show itself as 1E-9.
@@ -293,6 +288,13 @@ class HoldBase:
             return True
 
     # -- the store's record --------------------------------------------------------------------------------------------
+
+    def resume(self, record: HoldRecord) -> None:
+        """Take over the state of a hold that the store granted before."""
+        self.state = codes.STATES[record.state]
+        self.released_by_operator = record.state == codes.RELEASED_BY_OPERATOR
+        self.replayed = True
+        self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
 
     def update(self, record: HoldRecord) -> None:
         """Update the hold from the store's record."""

@@ -129,10 +129,10 @@ def test_equal_remarks_are_kept_once_and_a_remark_with_first_true_is_put_before_
     ],
 )
 def test_a_repeated_reservation_returns_the_hold_in_its_current_state(code, state, settled):
-    repeated = hold(record=record(code, accrued=CENT))
+    repeated = hold()
+    repeated.resume(record(code, accrued=CENT))
     assert (repeated.state, repeated.settled, repeated.replayed) == (state, settled, True)
     assert repeated.accrued_units == [CENT]
-    assert repeated.created_us == 8
 
 
 def test_a_record_of_the_store_updates_a_hold_but_an_older_record_does_not_shrink_the_hold():

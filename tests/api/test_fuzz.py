@@ -55,8 +55,11 @@ def _fuzzed(
     service: ServiceProcess, directory: Path, *options: str, key: str, unmet: str, examples: int, seconds: int
 ) -> str:
     """Run the fuzzer, check that the fuzzer finds no fault, and return its output."""
-    words = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--no-color"]
+    schema = directory / "openapi.json"
+    schema.write_text(service.get("/openapi.json").text)
+    words = [sys.executable, "-m", "schemathesis.cli", "run", str(schema), "--url", service.url, "--no-color"]
     words += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples), "--max-time", str(seconds)]
+    words += ["--request-timeout", "120"]  # the machine may be busy
     words += ["--exclude-checks", unmet, "--suppress-health-check", "all", *options]
     done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr

@@ -106,6 +106,7 @@ def test_the_last_pre_commit_hook_runs_the_check_target():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # packages are installed
 def test_the_run_target_installs_all_packages_needed_by_the_commands_in_the_readme(tmp_path):
     """`ktrdr prices show` needs the price list."""
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):

@@ -292,7 +292,7 @@ class Cycle:
         return sum(self.progress.tokens.values())
 
     async def _result_of(self, work: Awaitable[Result]) -> Result:
-        """Await the result of a phase. Raise if the cycle must stop, because a phase may suppress its cancellation."""
+        """Await the result of a phase. Raise if the cycle must stop: the phase may have suppressed the cancellation."""
         try:
             result = await work
         except asyncio.CancelledError:

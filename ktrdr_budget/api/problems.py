@@ -198,8 +198,8 @@ def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
     """The fields of draft-ietf-httpapi-ratelimit-headers-11, structured as RFC 9651 requires.
 
     ``requests`` is the draft's default unit. None of its other units fits money or tokens, so the budget's unit is an
-    extension parameter, which the draft lets clients ignore. ``t`` must not be greater than
-    ``Retry-After``, so both are equal.
+    extension parameter, which the draft lets clients ignore. ``t`` is the time until the budget is
+    available again; the draft forbids a ``t`` greater than ``Retry-After``, and here both are equal.
     """
     policy = f'"{budget.name}";q={_sf_integer(denial.limit)}'
     if budget.unit != "requests":

@@ -307,7 +307,7 @@ class AuditReader:
         Args:
             snapshot: the snapshot that the differences were found in.
             missing: the amount that the ledger lacks; the ledger gets an entry of that amount.
-            note: the label of the correction's ledger entry, one word of the protocol.
+            note: the label of the correction's ledger entry, without a space.
         """
         keys = [self._keys.window(budget, window), self._keys.ledger(budget, window), self._keys.budgets]
         pairs = [word for name, units in differences.items() for word in (name, str(units))]

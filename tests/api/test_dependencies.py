@@ -473,9 +473,7 @@ async def test_a_sync_route_does_not_run_if_the_budget_denies_the_reservation(sy
     assert figures(client) == (0, 0)
 
 
-async def test_a_hold_is_released_if_the_client_disconnects_during_the_reservation_of_a_sync_route(
-    sync_app, client, monkeypatch
-):
+async def test_a_hold_is_released_if_the_client_disconnects_while_a_sync_route_reserves(sync_app, client, monkeypatch):
     limiter, goes_on = sync_app.state.limiter, threading.Event()
     reserve, reserving = limiter.reserve, threading.Event()
 

@@ -88,7 +88,7 @@ def test_a_limit_may_last_forever_or_until_the_window_ends_or_until_an_instant(u
 
 
 @pytest.mark.parametrize("until", ["2026-11-24T00:00:00", "2026-11-24", "2026-13-01T00:00:00Z", "never", 0])
-def test_an_invalid_end_of_a_limit_is_refused(until):
+def test_a_limit_is_refused_if_the_time_at_which_it_ends_is_invalid(until):
     assert "must be 'window', or an instant with its offset" in error_of(LimitIn, {"limit": None, "until": until})
 
 

@@ -165,7 +165,7 @@ KEY_HINTS = [
 
 
 @pytest.mark.parametrize(("status", "words", "hint"), KEY_HINTS)
-def test_the_error_for_a_rejected_key_names_the_variable_to_set_if_another_key_can_help(
+def test_after_a_refusal_the_error_names_the_variable_for_a_key_that_would_be_accepted(
     ktrdr: Run, service: FakeService, status: int, words: tuple[str, ...], hint: str
 ) -> None:
     refused = problem(status, "Refused", "not with this key")[1]

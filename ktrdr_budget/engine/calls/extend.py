@@ -54,8 +54,8 @@ def grow(context: CallContext, hold: HoldBase, amount: Amounts) -> Flow[None]:
     The increase is added exactly once, although several callers and processes may grow the hold at the same time. The
     store keeps the largest total, so a repeated request is harmless. To add to a total, each attempt names the totals
     that it expects. If others have grown the hold since, the store refuses the attempt, and it is repeated with the
-    current totals. One case is ambiguous: after a lost reply, growth by another process to the same totals looks like
-    this attempt.
+    current totals. One case is ambiguous: if a reply was lost and another process has grown the hold to the same
+    totals, this attempt is taken as done.
     """
     check_amounts(amount)
     more = spread(amount, hold.flags)

@@ -141,7 +141,7 @@ class PrepaidPolicy(OutagePolicy):
         """Set the prepaid amounts.
 
         Args:
-            slabs: the amount for each budget; one amount applies to every budget in dollars.
+            slabs: the amount to prepay for each budget, or a single amount for each budget whose unit is dollars.
 
         Raises:
             InvalidArgument: no amount is given, or a budget or an amount cannot be prepaid.

@@ -391,8 +391,8 @@ class Release(SettlingOperation):
     def is_correctable(self, settled: Settled) -> bool:
         """Whether the worker's later commit can still correct this release, as far as the reply shows.
 
-        A release by id of an open hold is final. If a release by id is repeated, the reply does not show whether the
-        first release was final, and the result is true.
+        The release of an open hold by id is final, so the result is false. The reply to a repeated release by id does
+        not show whether the first release was final; the result is then true.
         """
         if self.mode is ReleaseMode.BY_ID:
             return settled.late or settled.replayed

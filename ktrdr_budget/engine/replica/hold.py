@@ -56,7 +56,7 @@ class OfflineBacking(Protocol):
 
         Args:
             parts: a function that computes the new totals from the current totals.
-            ttl_ms: the ttl that a heartbeat sets; ``None`` if the hold is to grow.
+            ttl_ms: the new ttl of a heartbeat; ``None`` if the call does not set the ttl, but enlarges the amounts.
         """
 
 

@@ -102,7 +102,7 @@ def test_calls_put_back_into_the_queues_are_taken_first_in_their_original_order(
     assert again.index(batch[2]) == 1 and again.index(batch[3]) == 4
 
 
-def test_unsent_reservations_and_growth_are_dropped_when_cancelled_but_other_calls_are_kept():
+def test_if_the_caller_of_an_unsent_call_is_cancelled_reserve_and_grow_are_dropped_but_other_calls_are_sent():
     made = Queues()
     kinds = "DNLEGR"
     for kind in kinds:

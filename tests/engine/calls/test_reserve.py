@@ -117,7 +117,7 @@ def test_a_reservation_is_denied_if_no_hold_is_past_its_deadline(context):
     assert (kinds(requests), error.reason) == ([Reserve], "budget_exhausted")
 
 
-def test_a_reservation_is_denied_after_64_attempts_even_if_more_holds_are_due(context):
+def test_a_reservation_is_denied_after_64_attempts_even_if_more_holds_are_past_their_deadline(context):
     denied = answer(Denied(context.state.current_window("agent").name, UNITS, UNITS, 0, 0, UNITS, 0), "old")
     rounds = [denied, found([None]), answer(Granted())] * 63
     requests, _ = drive(reservation(context), *rounds, denied, raises=BudgetExceeded)

@@ -86,7 +86,7 @@ def test_after_a_reply_a_replica_uses_the_clock_of_the_store_instead_of_its_own_
     assert replica.now_ms() == NOON_MS + 1500
 
 
-def test_the_start_time_of_a_replica_is_computed_from_the_clock_of_the_store_at_the_first_reply(clock):
+def test_at_the_first_reply_a_replica_computes_its_start_time_from_the_clock_of_the_store(clock):
     replica = Replica()
     assert replica.claim == (0, replica.replica_id)
     assert replica.header.age_us == 0

@@ -360,7 +360,7 @@ async def test_with_a_token_budget_an_unknown_model_is_refused_even_if_a_fixed_c
 
 
 @pytest.mark.parametrize("model", ["openrouter/auto", "openrouter/free", "@preset/mine", "openai/gpt-4o-of-tomorrow"])
-async def test_a_call_to_a_model_router_without_a_price_is_refused(
+async def test_a_call_is_refused_if_its_model_is_a_router_for_which_there_is_no_price(
     opened: Any, provider: LocalProvider, model: str
 ) -> None:
     """Reported in litellm #42663, PR #30817 and PR #39294, and in bifrost PR #5465."""

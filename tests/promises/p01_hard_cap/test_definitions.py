@@ -98,7 +98,7 @@ async def test_only_calls_that_use_the_budget_with_conflicting_definitions_fail(
         assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
 
 
-def test_budget_mismatch_is_another_name_of_the_exception_definition_conflict():
+def test_the_names_budgetmismatch_and_definitionconflict_are_of_the_same_exception():
     assert BudgetMismatch is DefinitionConflict
 
 
@@ -124,7 +124,7 @@ async def test_holds_reserved_before_a_migration_can_be_settled_after_the_migrat
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_spend_deferred_before_a_migration_is_recorded_after_the_migration(start_server):
+async def test_if_spend_is_deferred_and_the_budget_then_migrated_the_spend_is_still_recorded(start_server):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
         set_timeout(first, 0.5)

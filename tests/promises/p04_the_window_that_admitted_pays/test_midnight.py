@@ -135,9 +135,7 @@ async def test_a_late_settlement_counts_in_the_day_of_the_reservation(clocked_se
     assert sums(client, window="2026-11-25") == {"spent": 0, "held": 0, "unconfirmed": 0, "events": 0}
 
 
-async def test_29576_and_39726_denied_callers_that_retry_until_midnight_are_admitted_in_the_new_window(
-    clocked_server, client
-):
+async def test_denied_callers_that_retry_until_midnight_are_admitted_in_the_new_window(clocked_server, client):
     clocked_server.set(midnight(24) - timedelta(seconds=0.7))
     async with limiter_for(clocked_server) as limiter, limiter_for(clocked_server) as other:
         await limiter.record("agent", "5.00")

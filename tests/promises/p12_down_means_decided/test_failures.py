@@ -289,7 +289,7 @@ def test_38987_every_key_has_an_expiry_after_workers_are_killed_during_requests(
         assert counted(client) == ledger_sum(client) + sums(client)["held"]
 
 
-async def test_29576_and_39726_denials_change_no_value_and_no_expiry_time(server, limiter, other):
+async def test_denials_change_no_value_and_no_expiry_time_in_the_store(server, limiter, other):
     """Values and expiry times stay the same, also after denials by another replica."""
     await limiter.record("agent", "1.00", id="op_1")
     await limiter.reserve({"agent": "3.90", "cycles": 9}, id="op_2")

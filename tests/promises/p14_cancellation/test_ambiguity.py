@@ -273,7 +273,7 @@ async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     return reply
 
 
-async def test_an_id_that_was_released_before_any_grant_cannot_be_reserved_by_any_replica(limiter, other, client):
+async def test_if_an_id_is_released_before_it_was_reserved_no_replica_can_reserve_it_later(limiter, other, client):
     """The release of a cancelled request differs: the id stays free for other requests."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()

@@ -21,7 +21,7 @@ from ktrdr_budget.engine.protocol.requests import PreparedFact
 from ktrdr_budget.engine.replica.hold import HoldBase, OnError
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
-from ktrdr_budget.models import Settlement, check_name
+from ktrdr_budget.models import HoldState, Settlement, check_name
 from ktrdr_budget.money import AmountIn, from_units, to_units
 
 __all__ = ["commit", "commit_units", "leave", "record", "release", "settle_by_id"]
@@ -106,7 +106,7 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
     hold.settling = True
     try:
         op = _settling_operation(context, hold, amounts)
-        settlement = op if isinstance(op, Settlement) else (yield from _send(context, op, hold.parts, hold=hold))
+        settlement = op if isinstance(op, Settlement) else (yield from _send(context, op, hold.parts, hold))
     except StoreUnavailable:
         if amounts is not None:
             hold.uncertain_commit = amounts
@@ -124,37 +124,23 @@ def _settling_operation(
 
     If the outage policy settles an offline hold at once, return the settlement instead.
     """
-    state, remark = context.state, hold.remark
     if hold.offline is not None:
-        return hold.offline.settle(hold, amounts, remark)
-    windows = hold.window_list
+        return hold.offline.settle(hold, amounts, hold.remark)
+    state, windows = context.state, hold.window_list
+    key = state.keys.hold(hold.id)
     if amounts is None:
-        return Release(hold.id, state.keys.hold(hold.id), windows)
-    op = _commit(context, hold.id, windows, amounts, remark)
+        return Release(hold.id, key, windows)
+    remark = checked_label(hold.remark)
+    op = Commit(hold.id, key, windows, amounts, remark, context.trace_id if remark else "")
     if hold.granted is not None and not remark:
-        op.enable_fast_path(state.replica_id, hold.granted, [units for _, units in hold.parts])
+        op.enable_fast_path(state.replica_id, hold.granted, hold.parts)
     return op
-
-
-def _commit(
-    context: CallContext,
-    hold_id: str,
-    windows: Sequence[Any],
-    amounts: Sequence[CommitAmount],
-    remark: str = "",
-    known: str = "",
-) -> Commit:
-    trace_id = context.trace_id if remark else ""
-    remark = checked_label(remark)
-    key = context.state.keys.hold(hold_id)
-    return Commit(hold_id, key, windows, amounts, remark, trace_id, known)
 
 
 def _send(
     context: CallContext,
     first: SettlingOperation,
     reserved: Sequence[tuple[Any, int]],
-    *,
     hold: HoldBase | None = None,
 ) -> Flow[Settlement]:
     """Send a settlement.
@@ -164,7 +150,6 @@ def _send(
         hold: the worker's hold object; ``None`` for a settlement by id.
     """
     op, hold_id = first, first.hold_id
-    is_offline = hold is not None and hold.offline is not None
     try:
         reply, head = yield op
         if isinstance(reply, UnknownHoldReply) and isinstance(op, Commit) and hold and _is_lost(context, hold):
@@ -177,23 +162,20 @@ def _send(
             raise
         return context.policy.defer(first, ambiguous=error.ambiguous)
     if not isinstance(reply, Settled):
-        if isinstance(reply, UnknownHoldReply) and is_offline and op.is_release:
+        if isinstance(reply, UnknownHoldReply) and op.is_release and hold is not None and hold.offline is not None:
             # The store does not have the hold, so there is nothing to give back.
             return Settlement(hold_id, "released", amounts_of(op.windows, op.units))
         if isinstance(reply, UnknownHoldReply) and not op.is_release:
             logger.error("commit of hold %s not recorded: %s; %s", hold_id, _UNKNOWN, amounts_of(op.windows, op.units))
         raise error_for(context, op, reply, head.now_us)
     context.state.journal.settled(op, reply, head.now_us // 1000)
-    exceeded = zip(reserved, reply.units, strict=False) if reply.overrun else ()
-    return Settlement(
-        id=hold_id,
-        state="released" if op.is_release else "committed",
-        amounts=amounts_of(op.windows, reply.units),
-        replayed=reply.replayed,
-        overrun=reply.overrun,
-        overruns=tuple(window.budget for (window, held), units in exceeded if units > held),
-        late=reply.late,
-    )
+    overruns: tuple[str, ...] = ()
+    if reply.overrun:
+        figures = zip(reserved, reply.units, strict=False)
+        overruns = tuple(window.budget for (window, held), units in figures if units > held)
+    state: HoldState = "released" if op.is_release else "committed"
+    amounts = amounts_of(op.windows, reply.units)
+    return Settlement(hold_id, state, amounts, reply.replayed, reply.overrun, overruns, reply.late)
 
 
 def _is_lost(context: CallContext, hold: HoldBase) -> bool:
@@ -228,12 +210,12 @@ def settle_by_id(
         return (yield from release(context, hold) if released else commit(context, hold, amount))
 
     def settlement_of(record: HoldRecord) -> SettlingOperation:
-        windows, known = context.windows_of(record), record.render()
+        key, windows, known = context.state.keys.hold(hold_id), context.windows_of(record), record.render()
         if released:
             mode = ReleaseMode.BY_OPERATOR if by_operator else ReleaseMode.BY_ID
-            return Release(hold_id, context.state.keys.hold(hold_id), windows, mode, known=known)
+            return Release(hold_id, key, windows, mode, known=known)
         segments = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
-        return _commit(context, hold_id, windows, commit_amounts(segments, amount), known=known)
+        return Commit(hold_id, key, windows, commit_amounts(segments, amount), known=known)
 
     contents = "operator" if by_operator else "release" if released else repr(amount)
     fact = PreparedFact(hold_id, context.state.keys.hold(hold_id), contents, settlement_of)

@@ -300,20 +300,20 @@ class Commit(SettlingOperation):
             text += f"{numbers[window]}:{mode}{units}"
         return text
 
-    def enable_fast_path(self, replica: str, record: str, reserved: Sequence[int]) -> None:
+    def enable_fast_path(self, replica: str, record: str, reserved: Sequence[tuple[Window, int]]) -> None:
         """Prepare the request of the fast path. The hold must not have changed since its grant.
 
         Args:
             replica: the id of the replica that commits.
             record: the text of the hold's record.
-            reserved: whole units for each window.
+            reserved: the windows of the hold, each with the whole units reserved.
         """
         head, *segments = record.split("|")
         settled_text = f"c{head[1:]}"
         texts: list[str] = []
         charges: list[int] = []
         overrun = False
-        for window, (_, units), counted, segment in zip(self.windows, self.amounts, reserved, segments, strict=True):
+        for (window, counted), (_, units), segment in zip(reserved, self.amounts, segments, strict=True):
             if units > _FAST_UNITS_MAX or counted > _FAST_UNITS_MAX:
                 return
             if window.flag == codes.SLOTS:

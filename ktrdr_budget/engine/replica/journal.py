@@ -82,7 +82,8 @@ class _Limit(NamedTuple):
     """The definition of the budget. It shows the unit of the limit."""
 
 
-class _Hold(NamedTuple):
+@dataclass(slots=True)  # a named tuple would take twice the time to create
+class _Hold:
     """An open hold."""
 
     windows: str
@@ -92,7 +93,8 @@ class _Hold(NamedTuple):
     """The last time at which the store was seen to have the hold."""
 
 
-class _Settlement(NamedTuple):
+@dataclass(slots=True)
+class _Settlement:
     """An acknowledged settlement."""
 
     windows: str
@@ -193,7 +195,7 @@ class Journal:
                 if is_settled(record):
                     del holds[hold_id]
                 else:
-                    holds[hold_id] = known._replace(record=record, seen_us=now_us)
+                    known.record, known.seen_us = record, now_us
 
     def open_hold(self, hold_id: str) -> HoldRecord | None:
         """The record of the hold if it was granted to this replica and is open, else ``None``."""
@@ -273,8 +275,7 @@ class Journal:
             is_own = reply.replica == self._replica
             for generation in (self._older_settlements, self._settlements):
                 if (known := generation.get(hold_id)) is not None:
-                    replica = "" if is_own else reply.replica
-                    generation[hold_id] = known._replace(is_own=is_own, replica=replica)
+                    known.is_own, known.replica = is_own, "" if is_own else reply.replica
 
     def _evict_settlements(self, now_ms: int) -> None:
         """Drop the older generation of settlements; keep their units in the subtotals."""

@@ -40,7 +40,7 @@ def granted(hold_id: str, *windows: Window) -> Reserve:
 def committed(hold_id: str, *windows: Window) -> Commit:
     """A commit in its fast form."""
     op = commit(hold_id, *windows)
-    op.enable_fast_path("r1", reserve(hold_id, *windows).granted(8, 9), [5] * len(windows))
+    op.enable_fast_path("r1", reserve(hold_id, *windows).granted(8, 9), [(window, 5) for window in windows])
     return op
 
 

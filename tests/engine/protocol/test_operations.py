@@ -133,9 +133,10 @@ def test_a_replica_computes_the_record_of_a_granted_hold_without_reading_the_sto
     ],
 )
 def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reserved, amounts, overrun):
-    granted = reserve(*[(window, units) for (window, _), units in zip(parts, reserved, strict=True)]).granted(8, 9)
+    held = [(window, units) for (window, _), units in zip(parts, reserved, strict=True)]
+    granted = reserve(*held).granted(8, 9)
     op = commit(*parts)
-    op.enable_fast_path("0123456789ab", granted, reserved)
+    op.enable_fast_path("0123456789ab", granted, held)
     assert op.uses_fast_path
     settled = op.parse("k")
     after = op.record(settled, granted, 9).render()
@@ -147,7 +148,7 @@ def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reser
 @pytest.mark.parametrize("parts", [[(AGENT, 2**46 + 1)], [(AGENT, 2**46 + 1), (TOKENS, 3)]])
 def test_a_commit_of_more_than_2_to_the_46_units_does_not_take_the_fast_path(parts):
     op = commit(*parts)
-    op.enable_fast_path("0123456789ab", reserve(*parts).granted(8, 9), [5] * len(parts))
+    op.enable_fast_path("0123456789ab", reserve(*parts).granted(8, 9), parts)
     assert not op.uses_fast_path
 
 

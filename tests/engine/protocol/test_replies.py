@@ -117,6 +117,6 @@ def test_the_line_of_a_refusal_is_parsed_to_the_same_reply_for_every_operation(l
 
 def test_the_requested_amounts_are_settled_if_the_reply_to_a_fast_commit_is_only_a_letter():
     commit = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])
-    commit.enable_fast_path("0123456789ab", RESERVE.granted(8, 9), [5])
+    commit.enable_fast_path("0123456789ab", RESERVE.granted(8, 9), [(AGENT, 5)])
     assert commit.parse("k") == Settled((7,), overrun=True)
     assert commit.parse("k - 7") == Settled((7,))

@@ -104,7 +104,8 @@ class Wire:
         key = self.session.keys.hold(hold_id)
         amounts = [CommitAmount(CommitMode.EXACT, units) for units in spent.values()]
         made = Commit(hold_id, key, windows, amounts)
-        made.enable_fast_path(self.session.replica_id, self.record(hold_id), [counted[name] for name in spent])
+        reserved = [(window, counted[window.budget]) for window in windows]
+        made.enable_fast_path(self.session.replica_id, self.record(hold_id), reserved)
         return Raw(hold_id, key, windows, made.render, made.render_fast)
 
     def send(self, *ops: Raw, fast: bool = False) -> list[str]:

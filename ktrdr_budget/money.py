@@ -45,9 +45,6 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
             although ``positive`` is set.
     """
     try:
-        # Checked first: a bool is an int in Python, and the cache would treat True as 1.
-        if isinstance(amount, bool):
-            raise not_an_amount(amount, unit)
         units = _to_units(amount, unit, round_down)
     except TypeError:  # unhashable
         raise not_an_amount(amount, unit) from None
@@ -56,7 +53,7 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
     return units
 
 
-@lru_cache(maxsize=4096, typed=True)
+@lru_cache(maxsize=4096, typed=True)  # typed, because True is no amount although it equals 1
 def _to_units(amount: AmountIn, unit: str, round_down: bool) -> int:
     value = _decimal(amount)
     if value is None or not value.is_finite() or value < 0:
@@ -86,7 +83,7 @@ def _decimal(amount: object) -> Decimal | None:
             return Decimal(amount)
         except InvalidOperation:
             return None
-    if isinstance(amount, int):
+    if isinstance(amount, int) and not isinstance(amount, bool):
         return Decimal(amount)
     if isinstance(amount, float):
         return Decimal(float.__repr__(amount))  # a subclass, such as NumPy's, may have another repr

@@ -71,8 +71,8 @@ class Engine:
         self.store = store(self.state)
         self.state.on_loss = self._report_loss
         self.dispatcher = self.lease_calls.driver = Dispatcher(self.context, self.store, timeout_s, observer)
-        self.runner: Any = self.dispatcher
-        """What runs the calls of holds: the dispatcher, or the portal of a sync limiter."""
+        self.runner: Any = None
+        """Runs the calls of the limiter and of its holds; the limiter sets it, because it is sync or async."""
         for callback in on_creation:
             callback(self)
 

@@ -26,13 +26,22 @@ class AsyncRunner:
         self._engine = engine
         self._dispatcher: Dispatcher = engine.dispatcher
 
-    def run(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
-        """Run a call."""
-        return self._dispatcher.run(flow, operation)
+    async def run(self, flow: Flow[Result], operation: str, kept: bool = False) -> Result:
+        """Run a call. If the caller does not receive the result, the limiter takes over the outcome.
+
+        Args:
+            kept: see :meth:`settle`.
+        """
+        call = self._dispatcher.begin(flow, operation, None, kept)
+        try:
+            return await call.future  # type: ignore[no-any-return]
+        except BaseException as error:
+            self._dispatcher.leave(call, error)
+            raise
 
     def settle(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
         """Run a settlement that its caller cannot retry. After a lost reply, the limiter resends the settlement."""
-        return self._dispatcher.run(flow, operation, kept=True)
+        return self.run(flow, operation, True)
 
     async def open(self) -> None:
         """Open the store."""

@@ -3,7 +3,7 @@
 No timer is involved: an idle limiter sends at once. A lane sends one batch after another; at most two lanes are active.
 
 The dispatcher, not a caller, owns calls in flight, so that a cancelled caller does not affect others. The dispatcher
-also owns the outcome of a call until the caller has received the outcome (:meth:`Dispatcher.run`). If the caller is
+also owns the outcome of a call until the caller has received the outcome (:meth:`Dispatcher.leave`). If the caller is
 cancelled, a request that was not sent is dropped, a grant is released, and a settlement or report is completed (P14).
 """
 
@@ -160,18 +160,6 @@ class Dispatcher:
     def submit(self, flow: Flow[Any], operation: str) -> Any:
         """Start a call that the limiter itself makes; return the future that receives the result."""
         return self.begin(flow, operation).future
-
-    async def run(self, flow: Flow[Any], operation: str, kept: bool = False) -> Any:
-        """Start a call, and await the result.
-
-        If the caller does not receive the result, the limiter takes over the outcome (:meth:`leave`).
-        """
-        call = self.begin(flow, operation, None, kept)
-        try:
-            return await call.future
-        except BaseException as error:
-            self.leave(call, error)
-            raise
 
     def leave(self, call: PendingCall, error: BaseException) -> None:
         """Take over the outcome of a call if the caller stops waiting before it has received the outcome.

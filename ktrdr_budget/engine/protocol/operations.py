@@ -182,7 +182,9 @@ class Reserve(Operation):
             segments += f"{window.segment}{units},,"
             have_grants = have_grants and window.has_grants
             # An open hold's record lives as long as its windows: only the record says what to return to the windows.
-            expires_ms = max(expires_ms, window.expires_ms or now_ms + _LASTING_MS)
+            window_expires_ms = window.expires_ms or now_ms + _LASTING_MS
+            if window_expires_ms > expires_ms:
+                expires_ms = window_expires_ms
         self.windows = windows
         self.uses_fast_path = have_grants
         self._segments = segments

@@ -153,7 +153,7 @@ class Dispatcher:
             future = loop.create_future()
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
         deadline_s = loop.time() + self.timeout_s
-        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, self.deadlines.stalled_s, kept)
+        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, self._stalled_max_s, kept)
         self._resume(call, None)
         return call
 
@@ -510,12 +510,17 @@ class Dispatcher:
             self._throw(call, unavailable(cause, self.store.shown, self.timeout_s, ambiguous=ambiguous, waited=why))
         return left
 
+    @property
+    def _stalled_max_s(self) -> float:
+        """The ``stalled_max_s`` of a call whose deadline is set now. (The timeout may change before the deadline.)"""
+        return self.deadlines.stalled_s + self.timeout_s / 2
+
     def _was_stalled(self, call: PendingCall) -> bool:
         """Whether the event loop was blocked for at least half of a call's time.
 
         In that case a missing connection or reply does not indicate that the store is down.
         """
-        return self.deadlines.stalled_s - call.stalled_before_s >= self.timeout_s / 2
+        return self.deadlines.stalled_s >= call.stalled_max_s
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
         """Set a new deadline if the event loop was blocked; return whether the deadline was set.
@@ -529,7 +534,7 @@ class Dispatcher:
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
         call.was_renewed, call.deadline_s = True, self._loop.time() + self.timeout_s
-        call.stalled_before_s = self.deadlines.stalled_s
+        call.stalled_max_s = self._stalled_max_s
         return True
 
     def _refuse_queued(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ class PendingCall:
     Args:
         started_s: when the call began, by the monotonic clock.
         deadline_s: when the call ends if there is no reply, by the event loop's clock.
-        stalled_before_s: :attr:`Deadlines.stalled_s` at the time when the deadline was set.
+        stalled_max_s: a limit for :attr:`Deadlines.stalled_s`, the total time for which the event loop was blocked.
+            Once that time has reached the limit, a missing reply does not indicate an outage.
         kept: whether the limiter resends a failed settlement. Set if the caller will not retry.
     """
 
@@ -51,7 +53,7 @@ class PendingCall:
         "kept",
         "operation",
         "request",
-        "stalled_before_s",
+        "stalled_max_s",
         "started_s",
         "unacknowledged",
         "was_renewed",
@@ -65,7 +67,7 @@ class PendingCall:
         operation: str,
         started_s: float,
         deadline_s: float,
-        stalled_before_s: float = 0.0,
+        stalled_max_s: float = math.inf,
         kept: bool = False,
     ) -> None:
         self.flow = flow
@@ -73,7 +75,7 @@ class PendingCall:
         self.operation = operation
         self.started_s = started_s
         self.deadline_s = deadline_s
-        self.stalled_before_s = stalled_before_s
+        self.stalled_max_s = stalled_max_s
         self.kept = kept
         self.was_renewed = False
         """Whether the call's deadline was renewed, because the event loop was blocked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from contextvars import ContextVar
 
@@ -24,4 +25,4 @@ def test_a_pending_call_keeps_the_context_variables_of_its_caller():
 def test_a_new_pending_call_has_sent_no_request_and_has_its_full_deadline():
     pending = call(kept=True)
     assert (pending.request, pending.was_resent, pending.was_renewed, pending.unacknowledged) == (None, *3 * [False])
-    assert (pending.started_s, pending.deadline_s, pending.stalled_before_s, pending.kept) == (1.0, 2.0, 0.0, True)
+    assert (pending.started_s, pending.deadline_s, pending.stalled_max_s, pending.kept) == (1.0, 2.0, math.inf, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+import uvloop
 from hypothesis import settings
 
 from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
@@ -40,6 +42,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped") and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """A test runs on the event loop of asyncio, unless the mark `event_loops` names others."""
+    factories = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    mark = item.get_closest_marker("event_loops")
+    return {name: factories[name] for name in (mark.args if mark else ("asyncio",))}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

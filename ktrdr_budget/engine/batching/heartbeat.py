@@ -24,13 +24,15 @@ class Heartbeat:
     The heartbeats end with :meth:`stop`, when the hold is settled, or when the store does not know the hold.
     """
 
-    __slots__ = ("_dispatcher", "_hold", "timer")
+    __slots__ = ("_dispatcher", "_hold", "in_flight", "timer")
 
     def __init__(self, dispatcher: Dispatcher, hold: HoldBase) -> None:
         self._dispatcher = dispatcher
         self._hold = hold
-        self.timer: asyncio.TimerHandle | asyncio.Future[None] | None = None
-        """The timer of the next heartbeat, or the future of the heartbeat in flight."""
+        self.timer: asyncio.Handle | None = None
+        """The timer of the next heartbeat."""
+        self.in_flight: asyncio.Future[Any] | None = None
+        """The future of the heartbeat in flight."""
         if not hold.settled:
             self._schedule()
 
@@ -43,12 +45,11 @@ class Heartbeat:
         """Send a heartbeat now."""
         self.timer = None
         if not self._hold.settled:
-            future = self._dispatcher.submit(extend(self._dispatcher.context, self._hold, None), "heartbeat")
-            future.add_done_callback(self._sent)
-            self.timer = future
+            self.in_flight = self._dispatcher.submit(extend(self._dispatcher.context, self._hold, None), "heartbeat")
+            self.in_flight.add_done_callback(self._sent)
 
     def _sent(self, future: Any) -> None:
-        stopped, self.timer = self.timer is not future, None
+        stopped, self.in_flight = self.in_flight is not future, None
         error = None if future.cancelled() else future.exception()
         ended = isinstance(error, (HoldConflict, UnknownHold))
         if error is not None and not stopped:  # after a stop, the settlement may have come first
@@ -63,6 +64,6 @@ class Heartbeat:
         A heartbeat in flight is not cancelled. If the hold is settled before the heartbeat arrives, the heartbeat does
         not reopen the hold.
         """
-        timer, self.timer = self.timer, None
-        if isinstance(timer, asyncio.TimerHandle):
-            timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.in_flight = None

@@ -7,6 +7,7 @@ replaces the function by which the HTTP client reads from the network.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -165,7 +166,7 @@ class _DrainExhausted(Exception):
 class AsyncNetworkTap(NetworkTap):
     """Tap for an ``AsyncClient``."""
 
-    _peek_s = 0.0001  # two turns of the event loop: one reads, one delivers
+    _peek_s = 0.001  # some turns of the event loop: one reads, one delivers; uvloop rounds to milliseconds
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Read from the network; replaces the method of the stream."""
@@ -185,9 +186,10 @@ class AsyncNetworkTap(NetworkTap):
     async def _read_draining(self, drain: Drain, max_bytes: int) -> bytes:
         wait_s, expiry_is_end = self._timeout(drain)
         try:
-            return self._received(await self._original_read(max_bytes, wait_s), max_bytes)
+            return self._received(await self._read_arrived(max_bytes, wait_s), max_bytes)
         except Exception:  # a timeout, or the end of the connection
-            drain.caught_up = expiry_is_end
+            # On uvloop, a timeout may end a read before the arrived data is read.
+            drain.caught_up = expiry_is_end and not self.readable
             raise
 
     async def _read_after_error(self, error: BaseException, max_bytes: int) -> bytes:
@@ -195,13 +197,20 @@ class AsyncNetworkTap(NetworkTap):
         self.data_lost = True  # unless the following read ends
         with _shielded():
             try:
-                data: bytes = await self._original_read(max_bytes, self._peek_s)
-            except Exception:
+                data = await self._read_arrived(max_bytes, DRAIN_IDLE_S if self.readable else self._peek_s)
+                self.data_lost = False
+            except Exception:  # a timeout, or the end of the connection
                 data = b""
-        self.data_lost = False
+                self.data_lost = self.readable
         if not data:
             raise error
         self.deferred_error = error
+        return data
+
+    async def _read_arrived(self, max_bytes: int, timeout_s: float) -> bytes:
+        # uvloop sets its clock at the start of a turn: after a turn that was blocked, a timeout would pass at once.
+        await asyncio.sleep(0)
+        data: bytes = await self._original_read(max_bytes, timeout_s)
         return data
 
 

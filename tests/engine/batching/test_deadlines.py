@@ -56,7 +56,7 @@ async def test_each_of_many_waiting_calls_ends_by_its_own_deadline(hanging):
     assert max(late) < 0.5, late
 
 
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_deadlines_that_have_passed_or_are_near_are_checked_on_both_event_loops(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ):

@@ -235,6 +235,7 @@ async def test_an_unread_response_is_charged(
         assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_output_that_arrives_at_the_moment_of_a_cancellation_is_charged(
     guarded_client: Any, provider: LocalProvider
 ) -> None:

@@ -255,7 +255,7 @@ async def test_if_the_store_refuses_a_heartbeat_after_the_end_of_its_block_nothi
     heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
     heartbeat.stop()
     heartbeat.send()
-    task = heartbeat.timer
+    task = heartbeat.in_flight
     heartbeat.stop()
     await hold.commit("0.07")
     await asyncio.wait({task})

@@ -293,7 +293,8 @@ def test_an_unreachable_collector_delays_no_call(receiver: OtlpReceiver, how: st
     assert float(busy_s) < 15
     assert 0.25 < float(flush_s) < 10
     assert gone_s - float(done_s) < 15
-    assert len(complaints.splitlines()) <= 2  # one of the exporter, one of the full queue
+    # One of the exporter, and one of the full queue, which is repeated once in twenty seconds.
+    assert len(set(complaints.splitlines())) <= 2
 
 
 def test_the_last_spans_are_exported_at_exit(receiver: OtlpReceiver):

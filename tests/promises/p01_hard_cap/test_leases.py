@@ -186,13 +186,17 @@ async def test_a_cancelled_acquire_gets_no_grant_and_a_cancelled_lease_block_com
         kept.commit("0.20")
         assert (lease.held, lease.spent) == (0, Decimal("0.20"))
 
+    spent = asyncio.Event()
+
     async def work() -> None:
         async with limiter.lease("agent", "0.50") as lease:
             lease.spend("0.10")
+            spent.set()
             await asyncio.Event().wait()
 
     task = asyncio.create_task(work())
-    await until(lambda: sums(client)["held"] == to_units("4.50"))
+    await until(spent.is_set)
+    assert sums(client)["held"] == to_units("4.50")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

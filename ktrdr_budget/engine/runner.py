@@ -34,7 +34,8 @@ class AsyncRunner:
         """
         call = self._dispatcher.begin(flow, operation, None, kept)
         try:
-            return await call.future  # type: ignore[no-any-return]
+            result: Result = await call.future
+            return result
         except BaseException as error:
             self._dispatcher.leave(call, error)
             raise

@@ -83,7 +83,7 @@ class Replayer:
         if isinstance(op, SettlingOperation):
             self._keep_fact(op)
         elif isinstance(op, Reserve):
-            self._add(Entry(op, "look up", self._now_us))
+            self._outbox.add(Entry(op, "look up", self._now_us))
         # Other requests carry totals, which the caller's next request corrects.
 
     def take_over(self, request: Operation | Read | Command, *, maybe_executed: bool) -> None:
@@ -97,12 +97,12 @@ class Replayer:
         """
         if isinstance(request, Read):
             if request.prepares is not None:
-                self._add(Entry(request.prepares, "by id", self._now_us))
+                self._outbox.add(Entry(request.prepares, "by id", self._now_us))
         elif isinstance(request, SettlingOperation) or (isinstance(request, Extend) and request.is_fact):
             self._keep_fact(request)
         elif isinstance(request, Reserve) and maybe_executed:
             op = release_unreceived(request.hold_id, request.key, request.windows, request.request)
-            self._add(Entry(op, "release", self._now_us))
+            self._outbox.add(Entry(op, "release", self._now_us))
 
     @property
     def _now_us(self) -> int:
@@ -113,11 +113,7 @@ class Replayer:
             op = op.as_late()
         elif isinstance(op, Extend):  # the hold of a caller that is gone is not prolonged
             op = op.as_report()
-        self._add(Entry(op, _kind_of(op), self._now_us))
-
-    def _add(self, entry: Entry) -> None:
-        if evicted := self._outbox.add(entry):
-            logger.error("outbox full: dropped a request with id %s; its outcome is unknown", evicted.hold_id)
+        self._outbox.add(Entry(op, _kind_of(op), self._now_us))
 
     # -- when ----------------------------------------------------------------------------------------------------------
 

@@ -114,8 +114,7 @@ class CallContext:
         If the reservation arrives after the release, the store refuses the reservation.
         """
         op = release_unreceived(hold_id, self.state.keys.hold(hold_id), windows, request)
-        if evicted := self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000)):
-            logger.error("outbox full: dropped a request with id %s; its outcome is unknown", evicted.hold_id)
+        self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000))
 
     # -- holds by id ---------------------------------------------------------------------------------------------------
 

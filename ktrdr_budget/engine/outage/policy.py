@@ -5,7 +5,6 @@ An outage policy decides how a call ends that cannot reach the store.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from ktrdr_budget.money import Amount, from_units
 
 __all__ = ["OfflineReservation", "OutagePolicy", "release_unreceived"]
 
-logger = logging.getLogger("ktrdr_budget")
 
 _OFFLINE_HOLDS_MAX = 10_000
 
@@ -124,8 +122,7 @@ class OutagePolicy:
         recorded = isinstance(op, RecordSpend)
         state: HoldState = "recorded" if recorded else "released" if op.is_release else "committed"
         maybe_executed_us = self._state.now_ms() * 1000 if ambiguous else None
-        if evicted := self._outbox.add(Entry(op, "deferred", maybe_executed_us)):
-            logger.error("outbox full: deferred spend of %s dropped", evicted.hold_id)
+        self._outbox.add(Entry(op, "deferred", maybe_executed_us))
         if (hold := self.holds.get(op.hold_id)) is not None:
             hold.state = state
         amounts = {w.budget: from_units(units, w.unit) for w, units in zip(op.windows, op.units, strict=True)}

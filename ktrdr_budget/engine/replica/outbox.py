@@ -14,6 +14,7 @@ doubt is not sent again:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,6 +22,8 @@ from ktrdr_budget.engine.protocol.operations import Operation
 from ktrdr_budget.engine.protocol.requests import PreparedFact
 
 __all__ = ["DEFERRED_MAX", "FACTS", "IN_DOUBT_MAX", "OUTCOMES", "Entry", "Kind", "Outbox"]
+
+logger = logging.getLogger("ktrdr_budget")
 
 DEFERRED_MAX = 100_000
 IN_DOUBT_MAX = 10_000
@@ -142,6 +145,10 @@ class Outbox:
     def _evict(self, queue: dict[str, list[Entry]]) -> Entry:
         oldest = next(iter(queue.values()))[0]
         self.end(oldest, "dropped")
+        if oldest.kind == "deferred":
+            logger.error("outbox full: deferred spend of %s dropped", oldest.hold_id)
+        else:
+            logger.error("outbox full: dropped a request with id %s; its outcome is unknown", oldest.hold_id)
         return oldest
 
     def end(self, entry: Entry, outcome: str) -> bool:

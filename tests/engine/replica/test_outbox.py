@@ -78,8 +78,14 @@ def test_a_queued_release_of_a_grant_replaces_the_look_up_of_the_same_reservatio
     assert [entry.kind for entry in outbox] == ["release", "look up"], "another request for the same id"
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("deferred", "DEFERRED_MAX"), ("settlement", "IN_DOUBT_MAX")])
-def test_a_full_outbox_evicts_the_oldest_entry_of_the_same_kind(monkeypatch, kind, bound):
+@pytest.mark.parametrize(
+    ("kind", "bound", "event"),
+    [
+        ("deferred", "DEFERRED_MAX", "deferred spend of a dropped"),
+        ("settlement", "IN_DOUBT_MAX", "dropped a request with id a; its outcome is unknown"),
+    ],
+)
+def test_a_full_outbox_evicts_and_logs_the_oldest_entry_of_the_same_kind(monkeypatch, caplog, kind, bound, event):
     monkeypatch.setattr(outboxes, bound, 2)
     outbox = Outbox()
     other = "settlement" if kind == "deferred" else "deferred"
@@ -88,6 +94,7 @@ def test_a_full_outbox_evicts_the_oldest_entry_of_the_same_kind(monkeypatch, kin
     assert [entry and entry.hold_id for entry in evicted] == [None, None, "a"]
     assert {entry.hold_id for entry in outbox} == {"first", "b", "c"}
     assert outbox.deferred_lost == (kind == "deferred")
+    assert caplog.messages == [f"outbox full: {event}"]
 
 
 def test_a_successful_retry_by_the_caller_removes_requests_in_doubt_for_the_same_hold():

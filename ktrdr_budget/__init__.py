@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from ktrdr_budget.metering.prices import ModelPrice, Pricer, Prices
     from ktrdr_budget.metering.rates import Cost
     from ktrdr_budget.metering.usage import Usage
-    from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Migration, Page, Settlement, Status, Statuses
+    from ktrdr_budget.models import (
+        Budget,
+        Change,
+        Denial,
+        HoldView,
+        LedgerEntry,
+        Migration,
+        Page,
+        Settlement,
+        Status,
+        Statuses,
+    )
     from ktrdr_budget.sync import BudgetLimiter, Hold, Lease
     from ktrdr_budget.tracker import BudgetTracker, get_budget_tracker
 
@@ -46,6 +57,7 @@ __all__ = [
     "BudgetLimiter",
     "BudgetMismatch",
     "BudgetTracker",
+    "Change",
     "Cost",
     "DefinitionConflict",
     "Denial",
@@ -89,6 +101,7 @@ _MODULES = {
     "Budget": "models",
     "BudgetLimiter": "sync",
     "BudgetTracker": "tracker",
+    "Change": "models",
     "Cost": "metering.rates",
     "Denial": "models",
     "Grant": "lease",

@@ -17,6 +17,7 @@ from ktrdr_budget.periods import PERIODS, timezone_of
 
 __all__ = [
     "Budget",
+    "Change",
     "Denial",
     "HoldView",
     "LedgerEntry",
@@ -278,6 +279,26 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """An entry of the log of changes, which administrators make at run time."""
+
+    number: int
+    """The entry's number in the log, from 1."""
+    at: datetime
+    """When the change was made, by the store's clock."""
+    kind: Literal["definition", "limit", "correction", "key"]
+    name: str
+    """The budget, or the access key."""
+    by: str
+    """Who made the change: the name of an access key, or the text that the caller gave."""
+    before: str
+    """What was in force before, such as ``$5.00 until 2026-11-24T00:00:00Z``; empty if nothing was."""
+    after: str
+    """What is in force now; empty if nothing is."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Migration:
     """The previous and the current definition of a budget."""
 
@@ -308,7 +329,7 @@ class Page(Generic[Item]):
     items: tuple[Item, ...]
     next_cursor: str | None
     trimmed: bool = False
-    """Whether the entries after the cursor were trimmed from the ledger. If so, this is the newest page instead."""
+    """Whether the entries after the cursor were trimmed from the list. If so, this is the newest page instead."""
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

@@ -11,7 +11,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from ktrdr_budget.engine.calls import extend, limits, read, readiness, reserve, settle
+from ktrdr_budget.engine.calls import changes, extend, limits, read, readiness, reserve, settle
 from ktrdr_budget.engine.calls import extend as extensions
 from ktrdr_budget.engine.leases.chunks import Grant
 from ktrdr_budget.engine.leases.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, LeaseBase
@@ -23,6 +23,7 @@ from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import LimiterBase, _execute, logger
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
+    Change,
     HoldView,
     LedgerEntry,
     Migration,
@@ -456,19 +457,47 @@ class BudgetLimiter(LimiterBase):
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
-    def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
+    def set_limit(
+        self,
+        budget: str,
+        limit: AmountIn | None,
+        until: datetime | str | None = None,
+        *,
+        by: str = "",
+        reason: str = "",
+    ) -> Status:
         """Set a limit at run time, for all replicas. This limit overrides the configured limit.
 
         Args:
             limit: the new limit; ``None`` removes the cap.
             until: the end of the new limit: an aware datetime, or ``"window"`` for the end of the current window. If
                 ``None``, the limit has no end.
+            by: who sets the limit, for the log of :meth:`changes`.
+            reason: why, for the same log.
         """
-        return self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
+        flow = limits.set_limit(self.engine.context, budget, limit, until, by, reason)
+        return self._runner.run(flow, "set_limit")
 
-    def clear_limit(self, budget: str) -> Status:
-        """Remove the limit that was set at run time, so that the configured limit applies again."""
-        return self._runner.run(limits.clear_limit(self.engine.context, budget), "clear_limit")
+    def clear_limit(self, budget: str, *, by: str = "", reason: str = "") -> Status:
+        """Remove the limit that was set at run time, so that the configured limit applies again.
+
+        Args:
+            by: who clears the limit, for the log of :meth:`changes`.
+            reason: why, for the same log.
+        """
+        flow = limits.clear_limit(self.engine.context, budget, by, reason)
+        return self._runner.run(flow, "clear_limit")
+
+    def changes(self, limit: int = 100, cursor: str | None = None) -> Page[Change]:
+        """Read the log of changes that were made at run time, newest first. The store keeps the last 10,000.
+
+        After the store has lost data, the log may lack entries, because replicas do not replay it.
+
+        Args:
+            limit: entries per page, 1 to 1000.
+            cursor: ``next_cursor`` of the previous page; ``None`` for the first page.
+        """
+        return self._runner.run(changes.changes(self.engine.context, limit, cursor), "changes")
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 

@@ -202,6 +202,7 @@ async def test_every_script_of_a_limiter_runs_in_memory():
             await limiter.holds("agent")
             await limiter.ledger("agent")
             await limiter.set_limit("agent", "6.00")
+            assert [change.after for change in await limiter.changes()] == ["$6.00"]
             async with AsyncMemoryLimiter([Budget("jobs", "1.00")], server=server) as another:
                 await another.migrate("jobs")
             async with AsyncMemoryLimiter(BUDGETS, server=server, timeout=0.2, on_store_error="allow") as another:

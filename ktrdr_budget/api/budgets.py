@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
 
+from ktrdr_budget.api.auth import Caller
 from ktrdr_budget.api.openapi import problems
 from ktrdr_budget.api.route import refuse_body
 from ktrdr_budget.api.schemas import (
@@ -12,17 +13,19 @@ from ktrdr_budget.api.schemas import (
     BudgetList,
     BudgetName,
     BudgetOut,
+    ChangesPage,
     HoldsPage,
     LedgerPage,
     LedgerQuery,
     LimitIn,
     MigrationOut,
     PageQuery,
+    ReasonQuery,
     UnavailableBudget,
 )
 from ktrdr_budget.api.service import BudgetService
 from ktrdr_budget.environment import AGENT
-from ktrdr_budget.models import HoldView, LedgerEntry, Migration, Page, Status
+from ktrdr_budget.models import Change, HoldView, LedgerEntry, Migration, Page, Status
 
 __all__ = ["add_budget_routes"]
 
@@ -63,23 +66,30 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
         """List the ledger entries of a window, newest first. The sum of all entries is spent + unconfirmed."""
         return await service.limiter.ledger(name, query.window, limit=query.limit, cursor=query.cursor)
 
-    @router.put(f"{BUDGET}/limit", dependencies=admin, response_model=BudgetOut, responses=problems(404, 409, 413, 422))
-    async def set_limit(name: BudgetName, body: LimitIn) -> Status:
+    @router.put(f"{BUDGET}/limit", response_model=BudgetOut, responses=problems(404, 409, 413, 422))
+    async def set_limit(name: BudgetName, body: LimitIn, caller: Annotated[Caller, service.admin]) -> Status:
         """Set a limit for all replicas: permanently, until an instant, or for the current window.
 
         The limit overrides the configured limit.
         """
-        return await service.limiter.set_limit(name, body.limit, body.until)
+        return await service.limiter.set_limit(name, body.limit, body.until, by=caller.owner, reason=body.reason)
 
     @router.delete(
         f"{BUDGET}/limit",
-        dependencies=[*admin, Depends(refuse_body)],
+        dependencies=[Depends(refuse_body)],
         response_model=BudgetOut,
         responses=problems(404, 409, 413, 422),
     )
-    async def clear_limit(name: BudgetName) -> Status:
+    async def clear_limit(
+        name: BudgetName, caller: Annotated[Caller, service.admin], query: Annotated[ReasonQuery, Query()]
+    ) -> Status:
         """Remove the run-time limit, so that the configured limit applies again."""
-        return await service.limiter.clear_limit(name)
+        return await service.limiter.clear_limit(name, by=caller.owner, reason=query.reason)
+
+    @router.get("/changes", dependencies=admin, response_model=ChangesPage, responses=problems(422))
+    async def list_changes(query: Annotated[PageQuery, Query()]) -> Page[Change]:
+        """List the changes that were made at run time, newest first: what, by which key, and why."""
+        return await service.limiter.changes(query.limit, query.cursor)
 
     @router.post(
         f"{BUDGET}/migrate",

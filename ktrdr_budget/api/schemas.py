@@ -30,6 +30,7 @@ __all__ = [
     "BudgetList",
     "BudgetName",
     "BudgetOut",
+    "ChangesPage",
     "CommitIn",
     "DeniedProblem",
     "ExtendIn",
@@ -46,6 +47,7 @@ __all__ = [
     "PageQuery",
     "Problem",
     "Readiness",
+    "ReasonQuery",
     "RefusedProblem",
     "ReservationIn",
     "ReservationOut",
@@ -192,6 +194,18 @@ Label = Annotated[
     ),
 ]
 
+Reason = Annotated[
+    str,
+    PlainValidator(_label),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": LABEL_CHARACTERS_MAX,
+            "description": "Why, for the log of changes.",
+        }
+    ),
+]
+
 
 _PATH_NAME = Path(description="A name or id, with each `/` sent as `%2F`.", json_schema_extra={"pattern": f"^{NAME}$"})
 BudgetName = Annotated[str, _PATH_NAME]
@@ -288,11 +302,18 @@ class GrowIn(RequestModel):
 class LimitIn(RequestModel):
     """A limit for all replicas; ``null`` means unlimited."""
 
-    model_config = closed(limit="10.00", until="window")
+    model_config = closed(limit="10.00", until="window", reason="a long backtest")
     limit: Annotated[Any, PlainValidator(lambda value: None if value is None else _amount(value))] = Field(
         json_schema_extra={"anyOf": [*_AMOUNT_SCHEMA["anyOf"], {"type": "null"}], "examples": ["10.00"]}
     )
     until: Annotated[Any, PlainValidator(_until), WithJsonSchema(_UNTIL_SCHEMA)] = None
+    reason: Reason = ""
+
+
+class ReasonQuery(BaseModel):
+    """The reason of a change, for requests without a body."""
+
+    reason: Reason = ""
 
 
 class PageQuery(BaseModel):
@@ -536,6 +557,39 @@ class LedgerPage(ResponseModel):
     """Entries of a window, newest first."""
 
     entries: list[LedgerEntryOut] = Field(validation_alias="items")
+    next_cursor: str | None
+    trimmed: bool = Field(
+        description="Whether the entries at `cursor` were trimmed; if so, this page is the first page again."
+    )
+
+
+class ChangeOut(ResponseModel):
+    """A change that was made at run time."""
+
+    model_config = closed(
+        number=12,
+        at="2026-11-23T12:00:00Z",
+        kind="limit",
+        name="agent",
+        by="http-4f51124d",
+        before="$5.00",
+        after="$10.00 until 2026-11-24T00:00:00Z",
+        reason="a long backtest",
+    )
+    number: int
+    at: Instant
+    kind: Literal["definition", "limit", "correction", "key"]
+    name: str = Field(description="The budget, or the key.")
+    by: str = Field(description="The name of the key that made the change.")
+    before: str = Field(description="Empty if nothing was in force.")
+    after: str = Field(description="Empty if nothing is in force.")
+    reason: str
+
+
+class ChangesPage(ResponseModel):
+    """The log of changes, newest first."""
+
+    changes: list[ChangeOut] = Field(validation_alias="items")
     next_cursor: str | None
     trimmed: bool = Field(
         description="Whether the entries at `cursor` were trimmed; if so, this page is the first page again."

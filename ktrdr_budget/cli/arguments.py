@@ -14,6 +14,7 @@ __all__ = [
     "amounts_of",
     "json_option",
     "new_id",
+    "reason_option",
     "validate_end",
     "validate_name",
     "validate_seconds",
@@ -87,6 +88,11 @@ def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, 
 def json_option(command: Command) -> Command:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print the service's JSON.")(command)
+
+
+def reason_option(command: Command) -> Command:
+    """Add ``--reason``."""
+    return click.option("--reason", default="", help="Why, for the log of changes.")(command)
 
 
 def watch_options(command: Command) -> Command:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 import click
 
-from ktrdr_budget.cli.arguments import AmountCommand, json_option, validate_end, validate_name
+from ktrdr_budget.cli.arguments import AmountCommand, json_option, reason_option, validate_end, validate_name
 from ktrdr_budget.cli.client import Answer, Service, expect_valid_response, segment, service
 from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
@@ -73,8 +74,9 @@ def show(name: str, as_json: bool) -> None:
     help="End of the limit: an instant such as 2026-11-24T00:00:00Z, the end of the current window, or never.  "
     "[default: never]",
 )
+@reason_option
 @json_option
-def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
+def set_limit(name: str, limit: str, until: str | None, reason: str, as_json: bool) -> None:
     """Set a limit for all replicas.
 
     The limit overrides the configured limit. LIMIT is an amount in dollars or a count; 'unlimited' removes the cap, and
@@ -84,16 +86,20 @@ def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
     body: dict[str, Any] = {"limit": None if limit.strip().lower() == "unlimited" else limit}
     if until is not None:
         body["until"] = until
+    if reason:
+        body["reason"] = reason
     _show_budget(where, where.send("PUT", f"{_path(name)}/limit", body, admin=True), as_json)
 
 
 @budget.command("clear-limit")
 @click.argument("name", callback=validate_name)
+@reason_option
 @json_option
-def clear_limit(name: str, as_json: bool) -> None:
+def clear_limit(name: str, reason: str, as_json: bool) -> None:
     """Restore the configured limit. The command needs the admin key."""
     where = service()
-    _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
+    query = f"?{urlencode({'reason': reason})}" if reason else ""
+    _show_budget(where, where.send("DELETE", f"{_path(name)}/limit{query}", admin=True), as_json)
 
 
 @budget.command()
@@ -142,6 +148,19 @@ def ledger(
     table = Table("AT", "KIND", ">AMOUNT", "HOLD", "OPERATION", "TRACE", "ENTRY")
     found = pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)
     show_pages(found, "entries", as_json, table, _entry_row, f"No entries in the ledger of {name}.")
+
+
+@budget.command()
+@paged
+@json_option
+def changes(limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
+    """List the changes that were made at run time, newest first.
+
+    The command needs the admin key.
+    """
+    table = Table(">NUMBER", "AT", "KIND", "NAME", "BEFORE", "AFTER", "BY", "REASON")
+    found = pages("/changes", "changes", everything, admin=True, limit=limit, cursor=cursor)
+    show_pages(found, "changes", as_json, table, _change_row, "No changes.")
 
 
 def _path(name: str) -> str:
@@ -214,3 +233,8 @@ def _entry_row(entry: Mapping[str, Any]) -> list[str]:
     names = ("at", "kind", "hold_id", "operation", "trace_id", "entry_id")
     at, kind, *others = (entry[name] for name in names)
     return [at, kind, amount_text(entry["amount"]), *others]
+
+
+def _change_row(change: Mapping[str, Any]) -> list[str]:
+    names = ("at", "kind", "name", "before", "after", "by", "reason")
+    return [str(int(change["number"])), *(change[name] for name in names)]

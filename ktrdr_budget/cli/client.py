@@ -81,10 +81,10 @@ class Service(NamedTuple):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.prefix}"
 
-    def get(self, path: str, **query: object) -> Answer:
+    def get(self, path: str, *, admin: bool = False, **query: object) -> Answer:
         """Send a GET request for the path after ``/api/v1``. Query parameters that are ``None`` are not sent."""
         given = {name: value for name, value in query.items() if value is not None}
-        return self.send("GET", f"{path}?{urlencode(given)}" if given else path)
+        return self.send("GET", f"{path}?{urlencode(given)}" if given else path, admin=admin)
 
     def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, admin: bool = False, repeat: str = ""

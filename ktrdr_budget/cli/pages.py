@@ -24,14 +24,18 @@ def paged(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="Number of items per page.")(command)
 
 
-def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
-    """Yield the requested page. If ``everything`` is set, yield all later pages, too."""
+def pages(path: str, field: str, everything: bool, *, admin: bool = False, **query: object) -> Iterator[Answer]:
+    """Yield the requested page. If ``everything`` is set, yield all later pages, too.
+
+    Args:
+        admin: whether to send the admin key, if one is set.
+    """
     where = service()
     if everything and query["limit"] is None:
         query["limit"] = PAGE_MAX
     seen: set[object] = set()
     while True:
-        answer = where.get(path, **query)
+        answer = where.get(path, admin=admin, **query)
         with expect_valid_response(where):
             cursor = answer.document["next_cursor"]
             if not isinstance(answer.document[field], list) or not isinstance(cursor, str | None):
@@ -57,7 +61,7 @@ def show_pages(
     where, found, cursor = service(), False, None
     for page in pages:
         if page.document.get("trimmed"):
-            write("The ledger was trimmed meanwhile; the list starts again at the newest entry")
+            write("Entries were trimmed meanwhile; the list starts again at the newest entry")
         with expect_valid_response(where):
             rows = [row(item) for item in page.document[field]]
         table.write(rows)

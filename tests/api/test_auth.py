@@ -34,6 +34,7 @@ ADMIN = (
     ("PUT", "/budgets/agent/limit", {"limit": "9"}),
     ("DELETE", "/budgets/agent/limit", None),
     ("POST", "/budgets/agent/migrate", None),
+    ("GET", "/changes", None),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
@@ -180,6 +181,22 @@ async def test_a_limit_set_over_http_applies_to_all_replicas(start):
     assert await figures(one) == ("0.00", "7.00", "0.00", "0.00")
 
 
+async def test_the_log_of_changes_names_the_key_and_the_reason_of_each_change(start):
+    client = (await start(admin_key="admin-1")).connect("admin-1")
+    await client.put(f"{V1}/budgets/agent/limit", json={"limit": "10.00", "reason": "a long backtest"})
+    await client.delete(f"{V1}/budgets/agent/limit?reason=all+done")
+    page = (await client.get(f"{V1}/changes?limit=1")).json()
+    [cleared] = page["changes"]
+    owner = f"http-{hashlib.sha256(b'admin-1').hexdigest()[:8]}"
+    assert (cleared["kind"], cleared["name"], cleared["by"]) == ("limit", "agent", owner)
+    assert (cleared["before"], cleared["after"], cleared["reason"]) == ("$10.00", "", "all done")
+    page = (await client.get(f"{V1}/changes?cursor={page['next_cursor']}")).json()
+    [made] = page["changes"]
+    assert (made["number"], made["reason"], page["next_cursor"]) == (1, "a long backtest", None)
+    problem(await client.get(f"{V1}/changes?cursor=x"), 422, "invalid-argument")
+    problem(await client.delete(f"{V1}/budgets/agent/limit?reason={'x' * 257}"), 422, "invalid-request")
+
+
 async def test_a_limit_can_be_set_until_a_given_time(client):
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
     changed = await client.put(
@@ -206,6 +223,8 @@ async def test_a_limit_can_be_set_until_a_given_time(client):
         {"limit": "1", "until": "2026-02-30T00:00:00Z"},
         {"limit": "1", "until": 1700000000},
         {"limit": "1", "for": "all"},
+        {"limit": "1", "reason": "x" * 257},
+        {"limit": "1", "reason": None},
         {"limit": "9007199.254740992"},
     ],
 )

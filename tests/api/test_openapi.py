@@ -24,6 +24,7 @@ OPERATIONS = {
     ("put", "/budgets/{name}/limit"),
     ("delete", "/budgets/{name}/limit"),
     ("post", "/budgets/{name}/migrate"),
+    ("get", "/changes"),
     ("post", "/reservations"),
     ("get", "/reservations/{id}"),
     ("post", "/reservations/{id}/commit"),
@@ -83,7 +84,7 @@ def test_the_required_key_of_each_operation_is_documented(document):
     for (method, path), operation in operations(document).items():
         if not path.startswith(V1):
             assert "security" not in operation
-        elif path.endswith(("/limit", "/migrate")):
+        elif path.endswith(("/limit", "/migrate", "/changes")):
             assert operation["security"] == [{"adminKey": []}], (method, path)
         else:
             assert operation["security"] == [{"useKey": []}, {"adminKey": []}]

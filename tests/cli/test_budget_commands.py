@@ -1,4 +1,4 @@
-"""``ktrdr budget list | show | set-limit | clear-limit | holds | ledger``."""
+"""``ktrdr budget list | show | set-limit | clear-limit | holds | ledger | changes``."""
 
 from __future__ import annotations
 
@@ -203,6 +203,7 @@ def test_the_migrate_command_prints_the_old_and_the_new_definition(ktrdr: Run, s
         (("unlimited",), {"limit": None}),
         (("10", "--until", "never"), {"limit": "10"}),
         (("10", "--until", "window"), {"limit": "10", "until": "window"}),
+        (("10", "--reason", "a long backtest"), {"limit": "10", "reason": "a long backtest"}),
         (("10", "--until", "2026-11-24T00:00:00Z"), {"limit": "10", "until": "2026-11-24T00:00:00Z"}),
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
     ],
@@ -245,6 +246,36 @@ def test_the_clear_limit_command_restores_the_configured_limit(ktrdr: Run, servi
     assert result.exit_code == 0
     assert "Limit:         $5.00\n" in result.stdout
     assert service.requests[0].body is None
+    service.answer("DELETE /api/v1/budgets/agent/limit?reason=all+done", BUDGET)
+    assert ktrdr("budget", "clear-limit", "agent", "--reason", "all done").exit_code == 0
+
+
+# --- Changes --------------------------------------------------------------------------------------
+
+
+def test_the_changes_command_prints_a_table(ktrdr: Run, service: FakeService) -> None:
+    first = {
+        "number": 1,
+        "at": "2026-11-23T12:00:00Z",
+        "kind": "limit",
+        "name": "agent",
+        "by": "http-4f51124d",
+        "before": "",
+        "after": "$10.00",
+        "reason": "a long backtest",
+    }
+    second = {**first, "number": 2, "before": "$10.00", "after": "", "by": "", "reason": ""}
+    service.answer("GET /api/v1/changes", {"changes": [second, first], "next_cursor": None, "trimmed": False})
+    assert ktrdr("budget", "changes").stdout == (
+        "NUMBER  AT                    KIND   NAME   BEFORE  AFTER   BY             REASON\n"
+        "     2  2026-11-23T12:00:00Z  limit  agent  $10.00\n"
+        "     1  2026-11-23T12:00:00Z  limit  agent          $10.00  http-4f51124d  a long backtest\n"
+    )
+
+
+def test_the_changes_command_prints_a_message_if_nothing_was_changed(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/changes", {"changes": [], "next_cursor": None, "trimmed": False})
+    assert ktrdr("budget", "changes").stdout == "No changes.\n"
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -340,7 +371,7 @@ def test_a_line_says_that_the_list_starts_again_if_the_ledger_is_trimmed_between
 ) -> None:
     trimmed_meanwhile(service)
     lines = ktrdr("budget", "ledger", "agent", "--all").stdout.splitlines()
-    assert lines[2] == "The ledger was trimmed meanwhile; the list starts again at the newest entry"
+    assert lines[2] == "Entries were trimmed meanwhile; the list starts again at the newest entry"
 
 
 def test_the_json_document_is_marked_as_trimmed_if_the_ledger_is_trimmed_between_pages(

@@ -107,7 +107,7 @@ def test_no_authorization_header_is_sent_without_a_key(ktrdr: Run, service: Fake
     assert authorization(service) is None
 
 
-def test_the_admin_key_is_sent_only_with_settlements_and_limit_changes_and_migrations(
+def test_the_admin_key_is_sent_only_with_settlements_and_changes_and_the_list_of_changes(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_KEY", "use-key")
@@ -123,10 +123,11 @@ def test_the_admin_key_is_sent_only_with_settlements_and_limit_changes_and_migra
         ("budget", "set-limit", "agent", "1"),
         ("budget", "clear-limit", "agent"),
         ("budget", "migrate", "agent"),
+        ("budget", "changes"),
     ):
         ktrdr(*words)
         sent[words[1]] = authorization(service)
-    admin = {"commit", "release", "set-limit", "clear-limit", "migrate"}
+    admin = {"commit", "release", "set-limit", "clear-limit", "migrate", "changes"}
     assert sent == {word: f"Bearer {'admin' if word in admin else 'use'}-key" for word in sent}
 
 

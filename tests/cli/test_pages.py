@@ -26,7 +26,7 @@ class Service:
         self.queries: list[dict[str, Any]] = []
         self._documents = iter(documents)
 
-    def get(self, path: str, **query: Any) -> Answer:
+    def get(self, path: str, *, admin: bool, **query: Any) -> Answer:
         self.queries.append(query)
         return Answer(json.dumps(next(self._documents)))
 

@@ -81,7 +81,7 @@ def test_the_command_has_exactly_the_documented_subcommands() -> None:
     assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
     assert set(prices.commands) == {"show"}
     assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
-    reads, limits = {"list", "show", "holds", "ledger", "verify"}, {"set-limit", "clear-limit", "migrate"}
+    reads, limits = {"list", "show", "holds", "ledger", "verify", "changes"}, {"set-limit", "clear-limit", "migrate"}
     assert set(budget.commands) == reads | limits | {"reserve", "commit", "release", "record"}
     assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "main"]
 

@@ -9,7 +9,7 @@ import redis
 
 from ktrdr_budget.engine.protocol.keys import fingerprint
 
-PERSISTENT = ("meta", "limits", "due", "unconfirmed")
+PERSISTENT = ("meta", "limits", "due", "unconfirmed", "changes")
 """The keys of a tenant that have a bounded size and no expiry, like windows and ledgers named `ever`."""
 
 

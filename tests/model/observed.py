@@ -17,7 +17,7 @@ NOISE_MS = 50
 FINGERPRINT = re.compile("~[a-z2-7]{6}")
 STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
-PERSISTENT = ("meta", "limits", "due", "unconfirmed")
+PERSISTENT = ("meta", "limits", "due", "unconfirmed", "changes")
 
 
 def units(amount) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime
 
-from ktrdr_budget.engine.calls.context import CallContext, Flow
+from ktrdr_budget.engine.calls.context import CallContext, Flow, checked_label
 from ktrdr_budget.engine.calls.read import status
 from ktrdr_budget.engine.calls.results import definition_conflict
 from ktrdr_budget.engine.protocol.keys import stored_window
@@ -32,40 +32,55 @@ __all__ = ["clear_limit", "migrate", "set_limit"]
 logger = logging.getLogger("ktrdr_budget")
 
 
-def set_limit(context: CallContext, name: str, limit: AmountIn | None, until: datetime | str | None) -> Flow[Status]:
+def set_limit(
+    context: CallContext,
+    name: str,
+    limit: AmountIn | None,
+    until: datetime | str | None,
+    by: str = "",
+    reason: str = "",
+) -> Flow[Status]:
     """Set the limit of a budget at run time, for all replicas.
 
     Args:
         until: when the limit ends; ``"window"``: at the end of the current window; ``None``: never.
+        by: who sets it, and why (``reason``), for the log of changes.
     """
-    budget = context.state.budget(name)
+    budget, by, reason = context.state.budget(name), checked_label(by), checked_label(reason)
     units = None if limit is None else to_units(limit, budget.unit, round_down=True)
     if until is not None and until != "window" and (not isinstance(until, datetime) or until.utcoffset() is None):
         raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {shown(until)}")
     while True:
         yield from status(context, [name])  # reads the store's clock, by which _until_ms judges the time
         until_ms = _until_ms(context, budget, until)
-        changed_us = yield from _change_limit(context, budget, units, until_ms)
+        changed_us = yield from _change_limit(context, budget, units, until_ms, by, reason)
         context.state.journal.limit_changed(budget, units, until_ms, changed_us)
         [now] = yield from status(context, [name])
         if until != "window" or now.resets_at is None or to_ms(now.resets_at) == until_ms:
             return now
 
 
-def clear_limit(context: CallContext, name: str) -> Flow[Status]:
+def clear_limit(context: CallContext, name: str, by: str = "", reason: str = "") -> Flow[Status]:
     """Clear the limit that was set at run time, so that the configured limit applies again."""
-    budget = context.state.budget(name)
-    changed_us = yield from _change_limit(context, budget, None, 0, clear=True)
+    budget, by, reason = context.state.budget(name), checked_label(by), checked_label(reason)
+    changed_us = yield from _change_limit(context, budget, None, 0, by, reason, clear=True)
     context.state.journal.limit_cleared(budget, changed_us)
     return (yield from status(context, [name]))[0]
 
 
 def _change_limit(
-    context: CallContext, budget: Budget, units: int | None, until_ms: int, *, clear: bool = False
+    context: CallContext,
+    budget: Budget,
+    units: int | None,
+    until_ms: int,
+    by: str,
+    reason: str,
+    *,
+    clear: bool = False,
 ) -> Flow[int]:
     """Set or clear a limit; return the time of the change by the store's clock, in microseconds."""
     keys = context.state.keys
-    reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, clear=clear)
+    reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, by, reason, clear=clear)
     result = parse_set_limit(reply, budget.name)
     if isinstance(result, OtherDefinition):
         raise definition_conflict(budget, result.registered)

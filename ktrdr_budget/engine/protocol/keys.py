@@ -48,6 +48,7 @@ class Keys:
 
     __slots__ = (
         "budgets",
+        "changes",
         "cycles",
         "due",
         "expiries",
@@ -73,6 +74,7 @@ class Keys:
         listed = self.budgets, self.expiries, self.replicas
         self.of_writes = self.meta, self.limits, self.due, self.unconfirmed, *listed
         """The first keys of each write script. The keys of windows and holds follow."""
+        self.changes = self.prefix + "changes"
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
         self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ktrdr_budget.engine.protocol.hold_record import HoldRecord, is_tombstone, parse_record
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, is_tombstone, parse_record, word
 from ktrdr_budget.engine.protocol.keys import Keys
 from ktrdr_budget.engine.protocol.operations import Operation
 from ktrdr_budget.engine.protocol.replies import OtherDefinition
-from ktrdr_budget.engine.protocol.scripts import MIGRATE, READ, READ_LEDGER, READINESS, SET_LIMIT, STATUS, WRITE
+from ktrdr_budget.engine.protocol.scripts import (
+    MIGRATE,
+    READ,
+    READ_CHANGES,
+    READ_LEDGER,
+    READINESS,
+    SET_LIMIT,
+    STATUS,
+    WRITE,
+)
 from ktrdr_budget.engine.protocol.window import Window
 
 __all__ = [
@@ -20,12 +29,14 @@ __all__ = [
     "RuntimeLimit",
     "WhileRecovering",
     "WindowFigures",
+    "changes_read",
     "definition_read",
     "due_read",
     "index_read",
     "info_memory",
     "ledger_read",
     "migrate",
+    "parse_changes_page",
     "parse_eviction_policy",
     "parse_hold_records",
     "parse_hold_texts",
@@ -276,13 +287,34 @@ def parse_ledger_page(items: Sequence[Any]) -> tuple[bool, int, list[str]]:
     return bool(trimmed), number, [_text(entry) for entry in stored]
 
 
+def changes_read(keys: Keys, replica: str, before: str, count: int) -> Read:
+    """Read a page of the log of changes; :func:`parse_changes_page` reads the reply.
+
+    Args:
+        before: the number of the entry that follows the page; empty for the newest entries.
+    """
+    return Read(READ_CHANGES, [keys.meta, keys.changes], [replica, before, count])
+
+
+def parse_changes_page(items: Sequence[Any]) -> tuple[bool, bool, list[str]]:
+    """Parse a page: whether the cursor's entry is gone, whether older entries follow, and the entries.
+
+    The oldest entry comes first.
+    """
+    [trimmed, more, stored] = items
+    return bool(trimmed), bool(more), [_text(entry) for entry in stored]
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def set_limit(keys: Keys, budget: str, units: int | None, until_ms: int, definition: str, *, clear: bool) -> Command:
+def set_limit(
+    keys: Keys, budget: str, units: int | None, until_ms: int, definition: str, by: str, reason: str, *, clear: bool
+) -> Command:
     """Set a limit at run time, or clear it; :func:`parse_set_limit` reads the reply."""
     limit = "" if clear else "-" if units is None else str(units)
-    return Command(SET_LIMIT, [keys.limits, keys.meta, keys.budgets], [budget, limit, until_ms, definition])
+    of = [keys.limits, keys.meta, keys.budgets, keys.changes]
+    return Command(SET_LIMIT, of, [budget, limit, until_ms, definition, word(by), word(reason)])
 
 
 def parse_set_limit(reply: bytes | str, budget: str) -> int | OtherDefinition:

@@ -16,6 +16,7 @@ __all__ = [
     "MIGRATE",
     "PARTS",
     "READ",
+    "READ_CHANGES",
     "READ_LEDGER",
     "READINESS",
     "REINDEX",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 FAST_PATH, WRITE, REPAIR = "fast_path", "write", "repair"
-STATUS, READ, READ_LEDGER, READINESS = "status", "read", "read_ledger", "readiness"
+STATUS, READ, READ_LEDGER, READ_CHANGES, READINESS = "status", "read", "read_ledger", "read_changes", "readiness"
 SET_LIMIT, MIGRATE, CORRECT, REINDEX, CYCLES = "set_limit", "migrate", "correct", "reindex", "cycles"
 
 _BEGIN = ("common", "schema", "prelude")
@@ -49,8 +50,9 @@ PARTS = {
     STATUS: ("schema", "read_head", "status"),
     READ: ("schema", "read_head", "read"),
     READ_LEDGER: ("schema", "read_head", "read_ledger"),
+    READ_CHANGES: ("schema", "read_head", "read_changes"),
     READINESS: ("readiness",),
-    SET_LIMIT: ("set_limit",),
+    SET_LIMIT: ("log_change", "set_limit"),
     MIGRATE: ("schema", "migrate"),
     CORRECT: ("correct",),
     REINDEX: ("reindex",),

@@ -30,7 +30,7 @@ def test_the_call_set_limit_reads_the_status_before_and_after_the_change_and_ret
     after = answer_status(runtime=f"2000000000 0 {CHANGED}")
     requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)
     assert [type(request) for request in requests] == [Read, Command, Read]
-    assert requests[1].args == ["agent", "2000000000", 0, AGENT.definition]
+    assert requests[1].args == ["agent", "2000000000", 0, AGENT.definition, "-", "-"]
     assert (now.limit, now.limit_source) == (2, "runtime")
 
 
@@ -56,6 +56,13 @@ def test_setting_or_clearing_a_limit_is_journalled_with_the_time_of_the_change(c
 )
 def test_a_limit_with_an_invalid_argument_is_refused_before_anything_is_sent(context, name, limit, until, error):
     assert drive(set_limit(context, name, limit, until), raises=error).requests == []
+
+
+@pytest.mark.parametrize("label", ["x" * 257, "\ud800", 7])
+def test_an_author_or_reason_that_cannot_be_logged_is_refused_before_anything_is_sent(context, label):
+    for named in ({"by": label}, {"reason": label}):
+        assert drive(set_limit(context, "agent", "1", None, **named), raises=InvalidArgument).requests == []
+        assert drive(clear_limit(context, "agent", **named), raises=InvalidArgument).requests == []
 
 
 def test_a_limit_is_refused_if_its_end_is_in_the_past_by_the_clock_of_the_store(context):

@@ -9,6 +9,7 @@ from ktrdr_budget.engine.protocol.requests import (
     ReadHead,
     RuntimeLimit,
     WindowFigures,
+    changes_read,
     due_read,
     index_read,
     ledger_read,
@@ -46,6 +47,7 @@ NOW_MS = 1_796_040_000_000
         (due_read(KEYS, "r1", 10), "answers"),
         (index_read(KEYS, "r1", KEYS.due, 0, 10), "waits"),
         (ledger_read(KEYS, "r1", "agent", AGENT.stored, "", 10), "waits"),
+        (changes_read(KEYS, "r1", "", 10), "answers"),
         (status_read(KEYS, "r1", [AGENT]), "answers"),
         (status_read(KEYS, "r1", [AGENT], complete=True), "waits"),
     ],
@@ -131,8 +133,8 @@ def test_a_limit_set_at_run_time_is_in_force_until_its_end_or_forever_if_its_end
     ("units", "clear", "word"), [(5, False, "5"), (0, False, "0"), (None, False, "-"), (None, True, ""), (5, True, "")]
 )
 def test_a_zero_limit_and_an_uncapped_limit_and_a_cleared_limit_are_sent_as_different_words(units, clear, word):
-    assert set_limit(KEYS, "agent", units, 9, "usd,day,UTC,spend", clear=clear).args == [
-        *("agent", word, 9, "usd,day,UTC,spend")
+    assert set_limit(KEYS, "agent", units, 9, "usd,day,UTC,spend", "a b", "", clear=clear).args == [
+        *("agent", word, 9, "usd,day,UTC,spend", "a%20b", "-")
     ]
 
 

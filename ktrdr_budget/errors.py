@@ -14,6 +14,7 @@
     │   └── StoreError            the store replied with an error (out of memory, read-only, no permission, …)
     └── InvalidArgument           (also a ValueError) an invalid name, id or option; nothing was sent
         ├── InvalidAmount         not a finite, non-negative amount below $9,007,199.25
+        ├── InvalidScope          a field or value of a scope is invalid, or a budget's name made of it is
         ├── DefinitionConflict    the store has another unit, period, timezone or kind of the budget
         └── UnmeteredCall         the cost of a guarded client's call cannot be bounded or is not reported
 
@@ -39,6 +40,7 @@ __all__ = [
     "HoldConflict",
     "InvalidAmount",
     "InvalidArgument",
+    "InvalidScope",
     "StoreError",
     "StoreUnavailable",
     "TooManyBudgets",
@@ -235,6 +237,13 @@ class InvalidArgument(BudgetError, ValueError):
 
 class InvalidAmount(InvalidArgument):
     """An amount is not a finite number, is negative, is a fraction of a count, or is 2**53 units or more."""
+
+
+class InvalidScope(InvalidArgument):
+    """A field or value of a scope is invalid or missing, or gives a budget another name than the scope means.
+
+    Nothing was granted: a budget is never left out because its name cannot be made.
+    """
 
 
 class DefinitionConflict(InvalidArgument):

@@ -6,13 +6,13 @@ Money is ``Decimal`` dollars, counts are ``int``, instants are aware UTC datetim
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Generic, Literal, TypeVar, get_args
 
 from ktrdr_budget.errors import BudgetError, InvalidArgument, shown
-from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
+from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, not_an_amount, to_units
 from ktrdr_budget.periods import PERIODS, timezone_of
 
 __all__ = [
@@ -30,10 +30,18 @@ __all__ = [
     "check_on_expiry",
     "check_ttl_ms",
     "identity_of",
+    "split_name",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}", re.ASCII)
 _UNIT = re.compile(r"[A-Za-z0-9._-]{1,32}", re.ASCII)
+FIELD = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
+"""The name of a field of a scope."""
+_PLACEHOLDER = re.compile(rf"\{{({FIELD.pattern})\}}", re.ASCII)
+_PATTERN = re.compile(r"[A-Za-z0-9._:/@*?!\[\]-]{1,128}", re.ASCII)
+_RETENTION = re.compile(r"(\d{1,6})([hd])", re.ASCII)
+_RETENTION_MIN = timedelta(hours=48)
+_RETENTION_MAX = timedelta(days=3650)
 TTL_MAX_S = 86_400
 TTL_DEFAULT_S = 900
 
@@ -52,6 +60,43 @@ def check_name(value: object, what: str) -> str:
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
     raise InvalidArgument(f"{what} must match [A-Za-z0-9._:/@-]{{1,128}}, not {shown(value)}")
+
+
+def check_field(value: object) -> str:
+    """Return the value if it is a valid name of a field of a scope.
+
+    Raises:
+        InvalidArgument: the value does not match ``[a-z][a-z0-9_]{0,31}``.
+    """
+    if isinstance(value, str) and FIELD.fullmatch(value):
+        return value
+    raise InvalidArgument(f"a field must match {FIELD.pattern}, not {shown(value)}")
+
+
+def split_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split the name of a budget at its placeholders: the literals, one more than fields, and the fields."""
+    parts = _PLACEHOLDER.split(name)
+    return tuple(parts[::2]), tuple(parts[1::2])
+
+
+def check_budget_name(value: object) -> None:
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if the value is no name of a budget or template.
+
+    A segment of a name (the text between two ``/``) has at most one placeholder. So a name matches a template in at
+    most one way.
+    """
+    if not isinstance(value, str) or "{" not in value or len(value) > 128:
+        check_name(value, "budget name")
+        return
+    literals, fields = split_name(value)
+    if literals != ("",) * len(literals) and not _NAME.fullmatch("".join(literals)):
+        raise InvalidArgument(
+            f"budget name must match [A-Za-z0-9._:/@-]{{1,128}}, with placeholders such as {{user}}, not {shown(value)}"
+        )
+    if len(set(fields)) < len(fields):
+        raise InvalidArgument(f"a placeholder occurs once in a budget name, not as in {shown(value)}")
+    if not all("/" in literal for literal in literals[1:-1]):
+        raise InvalidArgument(f"two placeholders must have a '/' between them, not as in {shown(value)}")
 
 
 def check_ttl_ms(ttl: object) -> int:
@@ -76,29 +121,39 @@ class Budget:
     """A named cap on the spend in each window, such as each day. For kind ``slots``, a cap on the open holds.
 
     Args:
-        name: a text that matches ``[A-Za-z0-9._:/@-]{1,128}``.
-        limit: dollars or a count. ``None``: no cap. ``0``: every request is denied.
+        name: a text that matches ``[A-Za-z0-9._:/@-]{1,128}``. With placeholders, such as ``user:{user}``, it is a
+            template: a budget for each value of the field. A placeholder stands for characters without ``/``, or with
+            ``/`` where it ends the name. Two placeholders have a ``/`` between them.
+        limit: dollars or a count. ``None``: no cap. ``0``: every request is denied. A mapping of periods to limits
+            defines one budget for each period: ``{"day": "5.00", "month": "50.00"}`` for ``team`` defines ``team/day``
+            and ``team/month``.
         unit: ``usd``, or the name of a count (``tokens``, ``requests``, …).
         period: the length of a window: ``hour``, ``day``, ``week`` (ISO), ``month`` or ``ever``.
         timezone: the IANA name of the timezone in which a day, week or month begins.
         kind: ``spend``, or ``slots`` for a concurrency limit. Slots are held but never spent. So the period of slots is
             always ``ever``, and their unit is a count.
+        when: the budget applies to each scope whose fields match these patterns of ``fnmatchcase``: a text or a list of
+            texts for each field. ``{}``: it applies to every scope.
+        retention: how long the store keeps an ended window: at least 48 hours, such as ``"48h"`` or ``"35d"``.
+            ``None``: as the limiter says.
 
     Raises:
         InvalidArgument: a field is invalid (:class:`~ktrdr_budget.errors.InvalidAmount` for the limit).
     """
 
     name: str
-    limit: AmountIn | None
+    limit: AmountIn | Mapping[str, AmountIn | None] | None = field(hash=False)
     unit: str = "usd"
     period: str = "day"
     timezone: str = "UTC"
     kind: str = "spend"
+    when: Mapping[str, str | Sequence[str]] | None = field(default=None, hash=False)
+    retention: timedelta | str | None = None
     limit_units: int | None = field(init=False, repr=False, compare=False)
-    """The limit in nano-dollars or counts; ``None`` if uncapped."""
+    """The limit in nano-dollars or counts; ``None`` if uncapped, or if there are several windows."""
 
     def __post_init__(self) -> None:
-        check_name(self.name, "budget name")
+        check_budget_name(self.name)
         if self.kind not in ("spend", "slots"):
             raise InvalidArgument(f"kind must be 'spend' or 'slots', not {shown(self.kind)}")
         if self.kind == "slots":
@@ -108,9 +163,26 @@ class Budget:
         if self.period not in PERIODS:
             raise InvalidArgument(f"period must be one of {', '.join(PERIODS)}, not {shown(self.period)}")
         timezone_of(self.timezone)
+        object.__setattr__(self, "when", _check_when(self.when))
+        object.__setattr__(self, "retention", _check_retention(self.retention))
+        if isinstance(self.limit, Mapping):
+            self._settle_windows(self.limit)
+            return
         units = None if self.limit is None else to_units(self.limit, self.unit, round_down=True)
         object.__setattr__(self, "limit_units", units)
         object.__setattr__(self, "limit", None if units is None else from_units(units, self.unit))
+
+    def _settle_windows(self, limits: Mapping[str, AmountIn | None]) -> None:
+        if not limits or self.kind == "slots" or self.period != "day":
+            raise InvalidArgument(
+                "a mapping of periods to limits must have an entry, and goes with neither a period nor kind 'slots';"
+                f" not {shown(limits)} with period {shown(self.period)} and kind {shown(self.kind)}"
+            )
+        for limit in limits.values():
+            if isinstance(limit, Mapping):
+                raise not_an_amount(limit, self.unit)
+        object.__setattr__(self, "limit_units", None)
+        object.__setattr__(self, "limit", {window.period: window.limit for window in self.windows})
 
     def _settle_slots(self) -> None:
         # A slot taken before midnight is still taken after it, so slots have no shorter period.
@@ -121,6 +193,36 @@ class Budget:
             object.__setattr__(self, "unit", "slots")
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the placeholders in the name, in their order."""
+        return split_name(self.name)[1]
+
+    @property
+    def is_template(self) -> bool:
+        """Whether the name has placeholders."""
+        return "{" in self.name
+
+    @property
+    def applies_to_scopes(self) -> bool:
+        """Whether the budget applies to scopes by itself. If not, it applies only where it is named."""
+        return self.is_template or self.when is not None
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the limit is a mapping of periods, so that the name alone is not a budget."""
+        return isinstance(self.limit, Mapping)
+
+    @property
+    def windows(self) -> tuple[Budget, ...]:
+        """The budgets that this line defines: one for each period if the limit is a mapping, else the budget itself."""
+        if not isinstance(self.limit, Mapping):
+            return (self,)
+        return tuple(
+            replace(self, name=f"{self.name}/{period}", limit=limit, period=period)
+            for period, limit in self.limit.items()
+        )
+
+    @property
     def definition(self) -> str:
         """Unit, period, timezone and kind in the store's format. All replicas must use the same definition."""
         return f"{self.unit},{self.period},{self.timezone},{self.kind}"
@@ -129,6 +231,38 @@ class Budget:
     def identity(self) -> str:
         """The definition in readable form: ``unit usd, period day, timezone UTC, kind spend``."""
         return identity_of(self.definition)
+
+
+def _check_when(when: object) -> Mapping[str, tuple[str, ...]] | None:
+    if when is None:
+        return None
+    if not isinstance(when, Mapping):
+        raise InvalidArgument(f"when must be a mapping of fields to patterns, not {shown(when)}")
+    checked = {}
+    for name, given in when.items():
+        patterns = (given,) if isinstance(given, str) else given
+        if (
+            not isinstance(patterns, Sequence)
+            or not patterns
+            or not all(isinstance(pattern, str) and _PATTERN.fullmatch(pattern) for pattern in patterns)
+        ):
+            raise InvalidArgument(
+                f"when: {shown(name)} needs a pattern such as 'gpt-5-*', or a list of patterns, not {shown(given)}"
+            )
+        checked[check_field(name)] = tuple(patterns)
+    return checked
+
+
+def _check_retention(retention: object) -> timedelta | None:
+    if retention is None:
+        return None
+    kept = retention
+    if isinstance(retention, str) and (match := _RETENTION.fullmatch(retention)):
+        number = int(match[1])
+        kept = timedelta(hours=number) if match[2] == "h" else timedelta(days=number)
+    if isinstance(kept, timedelta) and _RETENTION_MIN <= kept <= _RETENTION_MAX:
+        return kept
+    raise InvalidArgument(f"retention must be from 48h to 3650d, such as '48h' or '35d', not {shown(retention)}")
 
 
 def identity_of(definition: str) -> str:

@@ -329,6 +329,10 @@ def _check_budgets(budgets: Iterable[Budget]) -> list[Budget]:
     for budget in given:
         if not isinstance(budget, Budget):
             raise InvalidArgument(f"budgets are given as a list of Budget, not as {shown(budgets)}")
+        if budget.applies_to_scopes or budget.has_windows or budget.retention is not None:
+            raise InvalidArgument(
+                f"budget {budget.name!r}: placeholders, windows, when and retention are not served yet"
+            )
     return given
 
 

@@ -75,6 +75,20 @@ def test_a_budget_that_is_given_twice_is_refused():
         Replica(AGENT, Budget("agent", "6.00"))
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget("user:{user}", 1),
+        Budget("agent", {"day": 1, "month": 2}),
+        Budget("agent", 1, when={}),
+        Budget("agent", 1, retention="48h"),
+    ],
+)
+def test_a_limiter_refuses_definitions_that_it_cannot_serve_yet(budget):
+    with pytest.raises(InvalidArgument, match="not served yet"):
+        Replica(budget)
+
+
 # -- the store's clock -------------------------------------------------------------------------------------------------
 
 

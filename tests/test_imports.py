@@ -11,7 +11,19 @@ from pathlib import Path
 import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
-PARTS = ("errors", "money", "periods", "models", "events", "environment", "engine", "hold", "lease", "limiter")
+PARTS = (
+    "errors",
+    "money",
+    "periods",
+    "models",
+    "definitions",
+    "events",
+    "environment",
+    "engine",
+    "hold",
+    "lease",
+    "limiter",
+)
 PARTS += ("sync", "tracker", "audit", "testing", "telemetry", "metering", "agent", "api", "cli")
 CORE = PARTS[: PARTS.index("audit") + 1]
 

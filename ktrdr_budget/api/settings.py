@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ktrdr_budget import environment
+from ktrdr_budget.definitions import Catalog
 from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, RETENTION_DAYS_MIN
 from ktrdr_budget.engine.transport.urls import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
@@ -24,7 +25,7 @@ from ktrdr_budget.periods import timezone_of
 
 __all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
 
-_BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind")
+_BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind", "when", "retention")
 _KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # one word of a header, without a comma
 
 
@@ -88,7 +89,8 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=RETENTION_DAYS, ge=RETENTION_DAYS_MIN, le=3650)
     """Days for which the store keeps ended windows and their ledgers."""
     budgets_file: Path | None = None
-    """TOML with further budgets: tables ``[[budgets]]`` with the fields of ``Budget``; a limit may be ``"unlimited"``.
+    """TOML with further budgets: tables ``[[budgets]]`` with the fields of ``Budget``; a limit may be ``"unlimited"``,
+    or a table of limits by period.
     The agent's budget must not be in the file, because ``agent_daily_budget`` is the only source of its limit."""
 
     # -- fields --------------------------------------------------------------------------------------------------------
@@ -190,7 +192,14 @@ class Settings(BaseSettings):
             SettingsError: the file or an entry is invalid.
         """
         agent = Budget(AGENT, self.agent_daily_budget, timezone=self.agent_budget_timezone)
-        return (agent, *(() if self.budgets_file is None else _read_budgets(self.budgets_file)))
+        if self.budgets_file is None:
+            return (agent,)
+        budgets = (agent, *_read_budgets(self.budgets_file))
+        try:
+            Catalog(budgets)
+        except InvalidArgument as error:
+            raise SettingsError(f"KTRDR_BUDGETS_FILE: {self.budgets_file}: {error}") from None
+        return budgets
 
 
 def load_settings() -> Settings:
@@ -294,6 +303,10 @@ def _budget(entry: dict[str, Any]) -> Budget:
         if field not in entry:
             raise InvalidArgument(f"{field} is missing" + (" ('unlimited' is allowed)" if field == "limit" else ""))
     limit = entry["limit"]
-    if isinstance(limit, str) and limit.strip().lower() == "unlimited":
-        entry = {**entry, "limit": None}
-    return Budget(**entry)
+    if isinstance(limit, dict):
+        limit = {period: _read_limit(each) for period, each in limit.items()}
+    return Budget(**{**entry, "limit": _read_limit(limit)})
+
+
+def _read_limit(limit: Any) -> Any:
+    return None if isinstance(limit, str) and limit.strip().lower() == "unlimited" else limit

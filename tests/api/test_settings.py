@@ -187,6 +187,16 @@ def test_keys_are_refused_if_auth_is_none_or_if_a_use_key_equals_the_admin_key(e
         ('[[budgets]]\nname = "a"\nlimit = 1\nlimits = 2', "unknown field 'limits'"),
         ('[[budgets]]\nname = "a"\nlimit = 1\n[[budgets]]\nname = "a"\nlimit = 2', "budget 2 (a): 'a' is given twice"),
         ('[[budgets]]\nname = "agent"\nlimit = 1', "'agent' is set by AGENT_DAILY_BUDGET"),
+        ('[[budgets]]\nname = "agent"\nlimit = {day = 1}', "'agent' is set by AGENT_DAILY_BUDGET"),
+        ('[[budgets]]\nname = "a{b}{c}"\nlimit = 1', "must have a '/' between them"),
+        ('[[budgets]]\nname = "a"\nlimit = {fortnight = 1}', "period must be one of"),
+        ('[[budgets]]\nname = "a"\nlimit = {}', "must have an entry"),
+        ('[[budgets]]\nname = "a"\nlimit = {day = {day = 1}}', "not an amount"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nwhen = "model"', "when must be a mapping"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nwhen = {model = 5}', "when: 'model' needs a pattern"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nretention = 35', "retention must be"),
+        ('[[budgets]]\nname = "a{b}"\nlimit = 1\n[[budgets]]\nname = "a{c}"\nlimit = 1', "both match 'a0'"),
+        ('[[budgets]]\nname = "{b}"\nlimit = 1\nunit = "tokens"', "'agent' replaces {b}"),
     ],
 )
 def test_an_error_in_the_budgets_file_is_reported_with_the_file_path_and_the_cause(environment, tmp_path, text, words):
@@ -207,6 +217,34 @@ def test_an_empty_budgets_file_adds_no_budget(environment, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text("# none yet\n")
     assert len(of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets) == 1
+
+
+def test_the_budgets_file_may_define_templates_windows_conditions_and_retention(environment, tmp_path):
+    path = tmp_path / "budgets.toml"
+    path.write_text(
+        """
+        [[budgets]]
+        name = "team:{team}"
+        limit = {day = "5.00", month = "unlimited"}
+        retention = "48h"
+
+        [[budgets]]
+        name = "gpt-5"
+        limit = 20
+        when = {model = ["gpt-5", "gpt-5-*"]}
+
+        [[budgets]]
+        name = "everything"
+        limit = "unlimited"
+        when = {}
+        """,
+        encoding="utf-8",
+    )
+    assert of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets[1:] == (
+        Budget("team:{team}", {"day": "5.00", "month": None}, retention="48h"),
+        Budget("gpt-5", "20.00", when={"model": ["gpt-5", "gpt-5-*"]}),
+        Budget("everything", None, when={}),
+    )
 
 
 def test_a_number_in_the_budgets_file_keeps_its_exact_value(environment, tmp_path):

@@ -373,6 +373,8 @@ class HoldView:
     operation: str
     trace_id: str
     released_by_operator: bool = False
+    scope: Mapping[str, str] = field(default_factory=dict)
+    """The fields of the scope in which the hold was reserved or recorded."""
 
 
 @dataclass(slots=True)  # not frozen, which would make its creation four times as slow
@@ -410,6 +412,8 @@ class LedgerEntry:
     """The signed amount. It is negative if, for example, a correction lowers the charge of an expired hold."""
     operation: str
     trace_id: str
+    scope: Mapping[str, str] = field(default_factory=dict)
+    """The fields of the hold's scope."""
 
 
 @dataclass(frozen=True, slots=True)

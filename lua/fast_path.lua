@@ -14,10 +14,11 @@
 --        then per window: ! if a reservation of the batch names it, else -
 --        then per operation: a line of words, and lines that are used as they are
 --
--- op     FAST_COMMIT C id operation trace window:counted:units[o] …\nrecord\nsettled record
---          commit the hold with this record; per window the units that it counts and the units spent (none for slots),
---          with `o` for an overrun. Amounts stay below 2^46: the sums of a batch are exact
---        RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace|segment|segment…
+-- op     FAST_COMMIT C id operation trace scope window:counted:units[o] …\nrecord\nsettled record
+--          commit the hold with this record; the scope is as ledger entries have it; per window the units that it counts
+--          and the units spent (none for slots), with `o` for an overrun. Amounts stay below 2^46: the sums of a batch
+--          are exact
+--        RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace scope|segment|segment…
 --          as in reserve.lua
 -- reply  NOT_FAST s
 --        DONE k        committed
@@ -94,7 +95,7 @@ for j = 1, n_ops do
   local op, key = ARGV[first_op + j], KEYS[first_hold + j]
   reply = 's'
   if j <= n_commits then
-    local label, id, i, counted, units, overrun, at = match(op, '^C ((%S+) %S+ %S+) (%d+):(%d+):(%d*)(o?)()')
+    local label, id, i, counted, units, overrun, at = match(op, '^C ((%S+) %S+ %S+ %S+) (%d+):(%d+):(%d*)(o?)()')
     local words_end = byte(op, at) == END_OF_LINE and at or find(op, '\n', at, true)
     local record_end = find(op, '\n', words_end + 1, true)
     local record = sub(op, words_end + 1, record_end - 1)
@@ -108,7 +109,7 @@ for j = 1, n_ops do
           w[SPENT], w[N_ENTRIES] = w[SPENT] + units, n
           if overrun ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
           w[ENTRIES] = w[ENTRIES] or { '' }
-          w[ENTRIES][n] = now_us .. ' ' .. units .. ' commit ' .. label .. ' -'
+          w[ENTRIES][n] = now_us .. ' ' .. units .. ' commit ' .. label
         end
         if others then i, counted, units, overrun = others() else i = nil end
       end

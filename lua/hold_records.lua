@@ -9,21 +9,21 @@ for i = 1, n_windows do by_name[windows[i].name] = windows[i] end
 local settling_replica = ARGV[1] -- the subtotals of this replica include the spend of this batch
 
 local function parse_record(record)
-  local state, policy, deadline, origin, operation, trace, rest =
-    match(record, '^(%a) (%a) (%d+) (%d+ %d+ %S+) (%S+) ([^ |]+)(.+)$')
+  local state, policy, deadline, origin, operation, trace, scope, rest =
+    match(record, '^(%a) (%a) (%d+) (%d+ %d+ %S+) (%S+) (%S+) ([^ |]+)(.+)$')
   local segments, n = {}, 0
   for flag, name, base, reserved, accrued, charged in gmatch(rest, '|(%a),([^,]+),(%d*),(%d+),(%d*),(%d*)') do
     n = n + 1
     segments[n] = { flag = flag, name = name, base = base, reserved = reserved, accrued = accrued, charged = charged }
   end
   return { state = state, policy = policy, deadline = deadline, origin = origin, operation = operation, trace = trace,
-    segments = segments, replica = match(rest, ' (%S+)$') }
+    scope = scope, segments = segments, replica = match(rest, ' (%S+)$') }
 end
 
 -- Write a record with these options of SET; return its text.
 local function store_record(key, hold, ...)
   local record = hold.state .. ' ' .. hold.policy .. ' ' .. hold.deadline .. ' ' .. hold.origin .. ' ' .. hold.operation
-    .. ' ' .. hold.trace
+    .. ' ' .. hold.trace .. ' ' .. hold.scope
   for i = 1, #hold.segments do
     local s = hold.segments[i]
     record = record .. '|' .. s.flag .. ',' .. s.name .. ',' .. s.base .. ',' .. s.reserved .. ',' .. s.accrued .. ','
@@ -98,12 +98,13 @@ local function counted_units(segment)
   return max(reserved, tonumber(segment.accrued))
 end
 
+-- Add an entry to the ledger of a window. Its scope is that of the hold without the units.
 local function add_entry(w, kind, id, units, hold)
   if w.gone then return end
   w.entries = w.entries or {}
   w.n_entries = w.n_entries + 1
   w.entries[w.n_entries] = now_us_text .. ' ' .. units .. ' ' .. kind .. ' ' .. id .. ' ' .. hold.operation .. ' '
-    .. hold.trace .. ' -'
+    .. hold.trace .. ' ' .. match(hold.scope, '^[^;]+')
 end
 
 -- Add spend to a window. The entry has `entry_units`, which are less than the amount if it corrects a charge.

@@ -22,6 +22,7 @@ local gmatch = string.gmatch
 local CLOSED = 9007199254740992 -- 2^53: a window whose sum reaches it admits nothing more
 local FULL = 4611686018427387904 -- 2^62: a window never counts as much, so that HINCRBY cannot fail (it ends at 2^63)
 local RECOVERY_MS = 3000 -- an idle replica checks once a second whether data was lost
+local DIGEST = '^[^!|]*!([^.! ]+)%.' -- finds the digest of a request in a record, or in the word of its owner
 local LASTING_MS = 315360000000 -- ten years: the life of an open hold's record in windows without end
 
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000

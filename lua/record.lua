@@ -1,6 +1,7 @@
 -- record.lua: record spend without a reservation. Never refused because the budget lacks room.
 --
--- op     RECORD N id late operation trace window:units …    late 1: the windows may have ended, or not begun
+-- op     RECORD N id late owner operation trace scope window:units …
+--        late 1: the windows may have ended, or not begun; the owner has only the request (docs/wire.md)
 -- reply  UNREADABLE y error           a key of this request is of another type
 --        REPLAYED p - units,units… replica budget:window,…    the same was recorded before, in that replica's subtotals
 --                                     and in those windows, which may be yesterday's
@@ -13,31 +14,38 @@
 --        DONE k - units,units…
 --        All but the last write nothing.
 
--- The replica and the windows of the same record before; nil if it is another one.
-local function recorded_in(record, amounts)
+-- The reply to an id that is in use. As in reserve.lua, digests decide, else amounts by budget.
+local function repeated_spend(record, owner, amounts)
   local hold, before, names = parse_record(record), {}, {}
-  for i = 1, #hold.segments do before[match(hold.segments[i].name, '^(.+):')] = hold.segments[i] end
-  for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    local segment = before[match(windows[tonumber(i)].name, '^(.+):')]
-    if not segment or segment.charged ~= amount then return nil end
-    names[#names + 1] = segment.name
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    before[match(segment.name, '^(.+):')], names[i] = segment.charged, segment.name
   end
-  if hold.state ~= 'n' or #names ~= #hold.segments then return nil end
-  return (hold.replica or '-') .. ' ' .. table.concat(names, ',')
+  local digest, recorded = match(owner, DIGEST), match(record, DIGEST)
+  local same = digest == recorded
+  if not (digest and recorded) then
+    local n = 0
+    same = hold.state == 'n'
+    for i, amount in gmatch(amounts, '(%d+):(%d+)') do
+      same = same and before[match(windows[tonumber(i)].name, '^(.+):')] == amount
+      n = n + 1
+    end
+    same = same and n == #names
+  end
+  if not same then return 'c ' .. record end
+  return 'p - ' .. charges_of(hold) .. ' ' .. (hold.replica or '-') .. ' ' .. table.concat(names, ',')
 end
 
 local function record_spend(op, key)
-  local id, late, operation, trace, amounts = match(op, '^N (%S+) (%d) (%S+) (%S+) (.+)$')
-  local units = {}
-  for amount in gmatch(amounts, ':(%d+)') do units[#units + 1] = amount end
+  local id, late, owner, operation, trace, scope, amounts =
+    match(op, '^N (%S+) (%d) (%S+) (%S+) (%S+) (%S+) (.+)$')
   local record, reason = read_record(key)
   if not record and reason ~= 'u' then return reason end
-  if record and not is_tombstone(record) then
-    local where = recorded_in(record, amounts)
-    return where and 'p - ' .. table.concat(units, ',') .. ' ' .. where or 'c ' .. record
-  end
-  local hold = { state = 'n', policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
-    operation = operation, trace = trace, segments = {}, replica = settling_replica }
+  if record and not is_tombstone(record) then return repeated_spend(record, owner, amounts) end
+  local units = {}
+  for amount in gmatch(amounts, ':(%d+)') do units[#units + 1] = amount end
+  local hold = { state = 'n', policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 ' .. owner,
+    operation = operation, trace = trace, scope = scope, segments = {}, replica = settling_replica }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
     if w.fault then return 'y ' .. w.fault end

@@ -27,7 +27,7 @@ local IN_FLIGHT_MS = 300000
 -- Remember an unknown id as released.
 local function write_tombstone(key, amounts, is_temporary)
   local hold = { state = 'r', policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
-    operation = is_temporary and '!' or '-', trace = '-', segments = {} }
+    operation = is_temporary and '!' or '-', trace = '-', scope = '-', segments = {} }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
     hold.segments[#hold.segments + 1] = { flag = ARGV[w.at], name = w.name, base = '', reserved = '0', accrued = '',

@@ -7,7 +7,7 @@
 --        DONE k - units                 the units that were missing
 --        All but the last change nothing.
 
-local NO_LABELS = { operation = '-', trace = '-' }
+local NO_LABELS = { operation = '-', trace = '-', scope = '-' }
 
 local function replay_total(op)
   local i, units = match(op, '(%d+):(%d+)$')

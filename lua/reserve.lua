@@ -1,6 +1,6 @@
 -- reserve.lua: hold an amount in every window of a request, or in none.
 --
--- op     RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace|segment|segment…
+-- op     RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace scope|segment|segment…
 --        expires_ms is the expiry of the record; the second line is stored as it is
 -- reply  REPLAYED p record                  the same reservation was granted before
 --        CONFLICT c record                  the id is in use with other contents
@@ -16,25 +16,30 @@
 --        GRANTED g
 --        All but the last write nothing.
 
--- The reply to a repeated id, or nil for a new one. Amounts are compared by budget, not by window: a retry after midnight
--- names the new day. The id of an unreceived grant (release.lua) is free, except for the very request that was granted;
--- only a grant replaces its record, so that until then a worker that has the hold by a replay can commit it.
+-- The reply to a repeated id, or nil for a new one. The digests of both requests decide, if both have one: a retry after
+-- a redefinition is a replay. Else amounts are compared by budget, not by window: a retry after midnight names the new
+-- day. The id of an unreceived grant (release.lua) is free, except for the very request that was granted; only a grant
+-- replaces its record, so that until then a worker that has the hold by a replay can commit it.
 local function replay(key, op)
   local record = redis.pcall('GET', key)
   if not record then return nil end
   if record.err then return 'y ' .. record.err end
   local policy, amounts, owner = match(op, '^R %S+ %S+ (%a) %d+([^\n]+)\n(%S+)')
-  local before, n = {}, 0
-  for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
-    before[match(name, '^(.+):')] = base ~= '' and base or reserved
-    n = n + 1
+  local digest, granted = match(owner, DIGEST), match(record, DIGEST)
+  local same = digest == granted
+  if not (digest and granted) then
+    local before, n = {}, 0
+    for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
+      before[match(name, '^(.+):')] = base ~= '' and base or reserved
+      n = n + 1
+    end
+    same = match(record, '^[^n] (%a)') == policy
+    for i, amount in gmatch(amounts, '(%d+):(%d+)') do
+      same = same and before[match(windows[tonumber(i)].name, '^(.+):')] == amount
+      n = n - 1
+    end
+    same = same and n == 0
   end
-  local same = match(record, '^[^n] (%a)') == policy
-  for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    same = same and before[match(windows[tonumber(i)].name, '^(.+):')] == amount
-    n = n - 1
-  end
-  same = same and n == 0
   local unreceived = same and match(record, '^z %a %d+ %d+ %d+ [^!]+(!%S+)! ')
   if unreceived and unreceived ~= match(owner, '!.+$') then return nil end
   return (same and 'p ' or 'c ') .. record

@@ -1,6 +1,6 @@
 -- schema.lua (part): refuses data of another schema. An epoch begins with the schema of its data.
 
-local SCHEMA = '3.'
+local SCHEMA = '4.'
 
 -- Return the error for an epoch of another schema.
 local function schema_error(epoch)

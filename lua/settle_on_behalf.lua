@@ -11,7 +11,7 @@
 local function settle_on_behalf(op, key)
   local replica, settlement = match(op, '^S (%S+) (.+)$')
   local before = {}
-  local parts = match(settlement, '^N %S+ %d %S+ %S+(.+)$') or match(settlement, '^K %S+([^\n]+)')
+  local parts = match(settlement, '^N %S+ %d %S+ %S+ %S+ %S+(.+)$') or match(settlement, '^K %S+([^\n]+)')
   for i in gmatch(parts, ' (%d+):') do
     local w = windows[tonumber(i)]
     if w then

@@ -166,6 +166,7 @@ def _granted(hold: AsyncHold, body: ReservationIn) -> ReservationOut:
         created_at=_ms_json(hold.deadline_ms - round(hold.ttl * 1000)),
         expires_at=_ms_json(hold.deadline_ms),
         operation=body.operation,
+        scope=dict(hold.scope),
     )
 
 

@@ -385,6 +385,7 @@ AmountOut = Annotated[
     ),
 ]
 AmountsOut = dict[str, AmountOut]
+Scope = Annotated[dict[str, str], Field(description="The fields of the scope of the hold; empty if it has none.")]
 State = Literal["open", "unconfirmed", "committed", "released", "recorded"]
 
 
@@ -514,6 +515,7 @@ class ReservationOut(ResponseModel):
         created_at="2026-11-23T12:00:00Z",
         expires_at="2026-11-23T12:15:00Z",
         operation="research",
+        scope={},
         replayed=False,
     )
     id: str
@@ -526,6 +528,7 @@ class ReservationOut(ResponseModel):
     created_at: Instant
     expires_at: Instant
     operation: str
+    scope: Scope
     replayed: bool = Field(
         default=False,
         description="Whether the same reservation was granted before; if so, this request changed nothing.",
@@ -551,6 +554,7 @@ class LedgerEntryOut(ResponseModel):
     amount: AmountOut
     operation: str
     trace_id: str
+    scope: Scope
 
 
 class LedgerPage(ResponseModel):

@@ -222,7 +222,7 @@ def _limit_source(item: Mapping[str, Any]) -> str:
 
 def _hold_row(hold: Mapping[str, Any], name: str) -> list[str]:
     amounts = [_amount_in(hold[field], name) for field in ("amounts", "accrued", "charged")]
-    return [hold["id"], hold["state"], *amounts, hold["expires_at"], hold["operation"]]
+    return [hold["id"], hold["state"], *amounts, hold["expires_at"], _operation(hold)]
 
 
 def _amount_in(amounts: Mapping[str, Any], name: str) -> str:
@@ -230,9 +230,14 @@ def _amount_in(amounts: Mapping[str, Any], name: str) -> str:
 
 
 def _entry_row(entry: Mapping[str, Any]) -> list[str]:
-    names = ("at", "kind", "hold_id", "operation", "trace_id", "entry_id")
-    at, kind, *others = (entry[name] for name in names)
-    return [at, kind, amount_text(entry["amount"]), *others]
+    at, kind, hold_id, trace_id, number = (entry[name] for name in ("at", "kind", "hold_id", "trace_id", "entry_id"))
+    return [at, kind, amount_text(entry["amount"]), hold_id, _operation(entry), trace_id, number]
+
+
+def _operation(item: Mapping[str, Any]) -> str:
+    """The operation, with the scope after it if there is one: ``research (team=quant, user=alice)``."""
+    scope = ", ".join(f"{field}={value}" for field, value in item["scope"].items())
+    return f"{item['operation']} ({scope})".lstrip() if scope else item["operation"]
 
 
 def _change_row(change: Mapping[str, Any]) -> list[str]:

@@ -143,7 +143,7 @@ async def test_the_ledger_is_listed_in_pages_with_the_newest_entry_first(client)
     assert [entry["entry_id"] for entry in entries] == ["4", "3", "2", "1"]
     assert [entry["kind"] for entry in entries] == ["commit", "record", "record", "record"]
     assert [entry["amount"] for entry in entries] == ["0.07", "0.02", "0.02", "0.02"]
-    assert list(entries[1]) == ["entry_id", "at", "kind", "hold_id", "amount", "operation", "trace_id"]
+    assert list(entries[1]) == ["entry_id", "at", "kind", "hold_id", "amount", "operation", "trace_id", "scope"]
     assert (entries[1]["hold_id"], entries[1]["operation"]) == ("op_2", "search")
     window = (await client.get(f"{V1}/budgets/agent")).json()["window"]
     assert (await client.get(f"{V1}/budgets/agent/ledger?window={window}")).json()["entries"] == entries

@@ -28,7 +28,7 @@ async def test_a_created_reservation_can_be_read_at_the_returned_location(client
     document = response.json()
     assert list(document) == [
         "id", "state", "amounts", "accrued", "charged", "windows", "on_expiry", "created_at", "expires_at",
-        "operation", "replayed",
+        "operation", "scope", "replayed",
     ]  # fmt: skip
     assert document["id"] == "op_1"
     assert document["state"] == "open"

@@ -19,7 +19,7 @@ BUDGETS = [Budget("agent", "5.00", period="ever")]
 
 
 def entry(units: int, kind: str = "commit", hold_id: str = "h") -> bytes:
-    return f"1 {units} {kind} {hold_id} - -".encode()
+    return f"1 {units} {kind} {hold_id} - - -".encode()
 
 
 def ledger_of(*entries: bytes) -> Ledger:

@@ -31,7 +31,7 @@ def make_call(name: str, hold_id: str, requested: dict[str, int], at_s: float, *
 
 
 def make_record(state: str, reserved: int, charged: int, accrued: int = 0) -> Stored:
-    return parse(f"{state} c 1 1 0 - - -|u,{WINDOW},,{reserved},{accrued},{charged}")
+    return parse(f"{state} c 1 1 0 - - - -|u,{WINDOW},,{reserved},{accrued},{charged}")
 
 
 def make_books(entered: dict[str, int], holds: dict[str, Stored], **sums: int) -> Books:
@@ -242,7 +242,7 @@ class DrawnCase(Case):
             call.replica = "0.1"
         self.calls += drawn
         self.terms = Terms({"agent": 120}, timeout_s=1.0, prepaid_units=40)
-        self.books.holds["chunk"] = parse(f"c c 1 1 0 - lease -|u,{WINDOW},,40,0,{charged}")
+        self.books.holds["chunk"] = parse(f"c c 1 1 0 - lease - -|u,{WINDOW},,40,0,{charged}")
         self.books.entered[WINDOW]["chunk"] = charged
         self.books.sums[WINDOW]["spent"] += charged
         del self.calls[2]  # a chunk leaves unknown whether there was room

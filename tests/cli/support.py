@@ -62,6 +62,7 @@ HOLD: dict[str, Any] = {
     "created_at": "2026-11-23T12:00:00Z",
     "expires_at": "2026-11-23T12:15:00Z",
     "operation": "research",
+    "scope": {},
     "replayed": False,
 }
 SETTLED: dict[str, Any] = {

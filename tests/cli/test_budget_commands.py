@@ -37,6 +37,7 @@ ENTRY = {
     "amount": "0.07",
     "operation": "research",
     "trace_id": "",
+    "scope": {},
 }
 HOLDS = "GET /api/v1/budgets/agent/holds"
 LEDGER = "GET /api/v1/budgets/agent/ledger"
@@ -300,6 +301,18 @@ def test_the_ledger_command_prints_an_aligned_table(ktrdr: Run, service: FakeSer
         "2026-11-23T12:00:00Z  correction  -$0.08  op_1             abc    1763899200000-0\n"
         "2026-11-23T12:00:00Z  commit       $0.07  op_1  research          1763899200000-0\n"
     )
+
+
+def test_the_lists_of_holds_and_of_ledger_entries_show_the_scope_after_the_operation(
+    ktrdr: Run, service: FakeService
+) -> None:
+    scope = {"team": "quant", "user": "alice"}
+    service.answer(HOLDS, {"holds": [{**HOLD, "scope": scope}], "next_cursor": None})
+    service.answer(LEDGER, {"entries": [{**ENTRY, "operation": "", "scope": scope}], "next_cursor": None})
+    assert ktrdr("budget", "holds", "agent").stdout.endswith("  research (team=quant, user=alice)\n")
+    assert "  op_1  (team=quant, user=alice)  " in ktrdr("budget", "ledger", "agent").stdout
+    entries = json.loads(ktrdr("budget", "ledger", "agent", "--json").stdout)["entries"]
+    assert [entry["scope"] for entry in entries] == [scope]
 
 
 def test_escape_sequences_in_the_name_of_an_operation_do_not_reach_the_terminal(

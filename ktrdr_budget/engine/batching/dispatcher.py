@@ -251,7 +251,7 @@ class Dispatcher:
         result = Settlement(
             id=op.hold_id,
             state="recorded" if isinstance(op, RecordSpend) else "committed",
-            amounts=amounts_of(op.windows, settled.units),
+            amounts=amounts_of(self.state.windows_of(op, settled), settled.units),
             overrun=settled.overrun,
             # With several windows, it is unknown which of them has the overrun.
             overruns=(op.windows[0].budget,) if settled.overrun and len(op.windows) == 1 else (),

@@ -69,16 +69,19 @@ class CallContext:
         self._trace_id = trace_id
         self.denials = DenialCache()
 
-    def labels(self, owner: str, operation: str) -> Labels:
+    def labels(self, owner: str, operation: str, scope: str = "") -> Labels:
         """The labels of a hold, with the current trace.
+
+        Args:
+            scope: in the form of :func:`~..protocol.hold_record.join_scope`.
 
         Raises:
             InvalidArgument: a label is too long, or is not a text.
         """
         trace_id = self._trace_id()
-        if not owner and not operation and not trace_id:  # the usual case
+        if not owner and not operation and not trace_id and not scope:  # the usual case
             return _NO_LABELS
-        return Labels(checked_label(owner), checked_label(operation), checked_label(trace_id))
+        return Labels(checked_label(owner), checked_label(operation), checked_label(trace_id), scope)
 
     @property
     def trace_id(self) -> str:
@@ -107,6 +110,10 @@ class CallContext:
         if amount is not None:
             raise InvalidArgument("the mapping has the amounts; give no further amount")
         return [(name, to_units(value, state.budget(name).unit, positive=positive)) for name, value in budget.items()]
+
+    def given(self, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int, str]]:
+        """The budgets of a request, each with its whole units and their unit."""
+        return [(name, units, self.state.budgets[name].unit) for name, units in wanted]
 
     def release_later(self, hold_id: str, windows: Iterable[Window], request: str) -> None:
         """Queue the release of a grant that no caller has received, to be sent once the store replies.

@@ -10,6 +10,8 @@ from ktrdr_budget.engine.calls.refusals import refusal
 from ktrdr_budget.engine.calls.results import amounts_text
 from ktrdr_budget.engine.outage.policy import OfflineReservation, release_unreceived
 from ktrdr_budget.engine.protocol.codes import POLICY_CODES, ReleaseMode
+from ktrdr_budget.engine.protocol.digest import request_digest
+from ktrdr_budget.engine.protocol.hold_record import digest_of, join_scope
 from ktrdr_budget.engine.protocol.operations import Labels, Release, Reserve
 from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Granted, Replayed, Settled, StaleWindow
 from ktrdr_budget.engine.replica.hold import HoldBase
@@ -40,10 +42,11 @@ def reserve(
         policy = POLICY_CODES[on_expiry]
     except (KeyError, TypeError):
         raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}") from None
-    if has_own_id and (known := _offline_replay(context, hold_id, wanted, policy, ttl_ms)) is not None:
-        return known
-    # A generated id also names the request. Other requests may use an id that the caller chose.
-    request = context.state.new_id() if has_own_id else ""
+    request = ""
+    if has_own_id:  # a generated id also names the request; other requests may use an id that the caller chose
+        request = f"{request_digest('reserve', context.given(wanted), policy=policy)}.{context.state.new_id()}"
+        if (known := _offline_replay(context, hold_id, wanted, policy, ttl_ms, request)) is not None:
+            return known
     labels = context.labels(owner, operation)
     return (yield from reserve_units(context, wanted, hold_id, ttl_ms, policy, labels, request))
 
@@ -62,7 +65,8 @@ def reserve_units(
     """Reserve whole units, all or none; return the hold.
 
     Args:
-        request: a name for this request if the caller chose the id of the hold; empty if the id was generated.
+        request: this request if the caller chose the id of the hold, with its digest
+            (:attr:`~..protocol.hold_record.HoldRecord.request`); empty if the id was generated.
         store_only: whether only the store may grant the hold. If not, the outage policy may grant it offline.
     """
     state = context.state
@@ -76,7 +80,7 @@ def reserve_units(
         except StoreUnavailable as error:
             # The policy may grant only if the store cannot be reached, not if the store replies with an error.
             if not error.reached and not store_only:
-                known = _offline_replay(context, hold_id, wanted, policy, ttl_ms)  # granted meanwhile
+                known = _offline_replay(context, hold_id, wanted, policy, ttl_ms, request)  # granted meanwhile
                 offline = OfflineReservation(hold_id, parts, ttl_ms, policy, labels, request, error.ambiguous)
                 hold = known or context.policy.reserve(offline)
                 if hold is not None:
@@ -88,7 +92,9 @@ def reserve_units(
             deadline_ms = head.now_us // 1000 + ttl_ms
             granted = op.granted(head.now_us, deadline_ms)
             state.journal.granted(hold_id, op.windows, granted, head.now_us)
-            return context.new_hold(hold_id, parts, ttl_ms, deadline_ms, request, head.now_us, granted)
+            return context.new_hold(
+                hold_id, parts, ttl_ms, deadline_ms, request, head.now_us, granted, scope=labels.scope
+            )
         rounds += 1
         if isinstance(reply, Denied) and head.due and rounds < RETIRE_ROUNDS_MAX:
             yield from context.retire(head.due)
@@ -98,7 +104,10 @@ def reserve_units(
                 windows = context.windows_of(record)
                 state.journal.extended(hold_id, reply.text, windows, head.now_us)
                 parts, created_us = context.parts_of(record), record.created_us
-                hold = context.new_hold(hold_id, parts, ttl_ms, record.deadline_ms, record.request, created_us)
+                scope = join_scope(record.scope, record.units)
+                hold = context.new_hold(
+                    hold_id, parts, ttl_ms, record.deadline_ms, record.request, created_us, scope=scope
+                )
                 hold.resume(record)
                 # A hold that was granted to an earlier attempt of this request is not a replay.
                 hold.replayed = record.request != request or record.unreceived
@@ -111,7 +120,7 @@ def reserve_units(
 
 
 def _offline_replay(
-    context: CallContext, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int
+    context: CallContext, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int, request: str
 ) -> HoldBase | None:
     """A copy of the hold with this id if the hold was granted offline, otherwise ``None`` (P3).
 
@@ -124,12 +133,17 @@ def _offline_replay(
     context.policy.expire()
     record = known.offline_record
     assert record is not None
-    before = sorted((segment.budget, segment.reserved) for segment in record.segments)
-    if before != sorted(wanted) or record.policy != policy or known.state == "recorded":
+    if record.digest and (digest := digest_of(request)):
+        same = record.digest == digest
+    else:
+        before = sorted((segment.budget, segment.reserved) for segment in record.segments)
+        same = before == sorted(wanted) and record.policy == policy and known.state != "recorded"
+    if not same:
         amounts = {s.budget: (s.reserved, known.unit_of(s.budget)) for s in record.segments}
         found = f"hold {hold_id!r} was reserved at {amounts_text(amounts)} and is {known.state}"
         raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)
-    copy = context.new_hold(hold_id, known.parts, ttl_ms, known.deadline_ms, offline=known.offline)
+    scope = join_scope(record.scope, record.units)
+    copy = context.new_hold(hold_id, known.parts, ttl_ms, known.deadline_ms, offline=known.offline, scope=scope)
     copy.request, copy.created_us, copy.offline_record = known.request, record.created_us, record
     copy.replayed, copy.state = True, known.state
     copy.adjust({w.budget: accrued for (w, _), accrued in zip(known.parts, known.accrued_units, strict=True)})

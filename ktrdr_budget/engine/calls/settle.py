@@ -14,6 +14,7 @@ from ktrdr_budget.engine.calls.results import amounts_of
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, commit_amounts
 from ktrdr_budget.engine.protocol.codes import CommitMode, ReleaseMode
+from ktrdr_budget.engine.protocol.digest import request_digest
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord
 from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, RecordSpend, Release, SettlingOperation
 from ktrdr_budget.engine.protocol.replies import Settled, StaleWindow, UnknownHoldReply
@@ -251,11 +252,17 @@ def record(
     for name, _ in wanted:
         if state.budgets[name].kind == "slots":
             raise InvalidArgument(f"{name!r} is of kind 'slots': it can only be reserved")
-    hold_id = state.new_id() if hold_id is None else check_name(hold_id, "id")
+    digest = ""
+    if hold_id is None:
+        hold_id = state.new_id()
+    else:
+        check_name(hold_id, "id")
+        digest = request_digest("record", context.given(wanted))
     operation, trace_id = checked_label(operation), context.trace_id
     while True:
         parts = [(state.current_window(name), units) for name, units in wanted]
-        op = RecordSpend(hold_id, state.keys.hold(hold_id), parts, operation=operation, trace_id=trace_id)
+        key = state.keys.hold(hold_id)
+        op = RecordSpend(hold_id, key, parts, operation=operation, trace_id=trace_id, digest=digest)
         if context.policy.owns(hold_id) and (known := context.policy.record(op, ambiguous=False)) is not None:
             return known
         try:

@@ -30,9 +30,8 @@ class AllowPolicy(OutagePolicy):
     def reserve(self, request: OfflineReservation) -> HoldBase | None:
         logger.warning("hold %s granted without a check of the cap: store unreachable", request.hold_id)
         deadline_ms = self._state.now_ms() + request.ttl_ms
-        hold = self._new_hold(
-            request.hold_id, request.parts, request.ttl_ms, deadline_ms, offline=self, request=request.request
-        )
+        terms = {"request": request.request, "scope": request.labels.scope}
+        hold = self._new_hold(request.hold_id, request.parts, request.ttl_ms, deadline_ms, offline=self, **terms)
         self._keep(hold, request)
         return hold
 

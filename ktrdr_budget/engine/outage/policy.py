@@ -130,7 +130,7 @@ class OutagePolicy:
 
     def _keep(self, hold: HoldBase, request: OfflineReservation) -> None:
         """Add a hold to :attr:`holds`, because the hold was granted without the store."""
-        hold.keep_offline(request.policy, self._state.now_ms() * 1000, *request.labels)
+        hold.keep_offline(request.policy, self._state.now_ms() * 1000, request.labels)
         self.holds[hold.id] = hold
         if len(self.holds) > _OFFLINE_HOLDS_MAX:
             self.holds.popitem(last=False)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ktrdr_budget.engine.leases.chunks import Chunk, Grant
 from ktrdr_budget.engine.leases.lease import LEASE_TTL_DEFAULT_S, ChunkCalls, LeaseBase
 from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy, release_unreceived
+from ktrdr_budget.engine.protocol.hold_record import digest_of
 from ktrdr_budget.engine.protocol.operations import LONGEST_HOLD_MS, CommitAmount, Labels, RecordSpend, Reserve
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
@@ -242,6 +243,7 @@ class PrepaidPolicy(OutagePolicy):
             backing.deadline_ms,
             offline=backing,
             request=request.request,
+            scope=request.labels.scope,
         )
         self._keep(hold, request)
         return hold
@@ -249,7 +251,11 @@ class PrepaidPolicy(OutagePolicy):
     def record(self, op: RecordSpend, *, ambiguous: bool) -> Settlement | None:
         units = list(op.units)
         if (known := self.holds.get(op.hold_id)) is not None:
-            same = [(w.budget, n) for w, n in known.parts] == [(w.budget, n) for w, n in op.parts]
+            before = digest_of(known.request)
+            if before and op.digest:
+                same = before == op.digest
+            else:
+                same = [(w.budget, n) for w, n in known.parts] == [(w.budget, n) for w, n in op.parts]
             if known.state != "recorded" or not same:
                 found = f"hold {op.hold_id!r} is {known.state}"
                 raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)
@@ -260,8 +266,8 @@ class PrepaidPolicy(OutagePolicy):
         grants = self._draw([(window.budget, amount) for window, amount in op.parts])
         if grants is None:
             return None
-        labels = Labels("", op.operation, op.trace_id)
-        hold = self._drawn(OfflineReservation(op.hold_id, op.parts, 0, "c", labels, "", False), grants)
+        labels, request = Labels("", op.operation, op.trace_id, op.scope), f"{op.digest}." if op.digest else ""
+        hold = self._drawn(OfflineReservation(op.hold_id, op.parts, 0, "c", labels, request, False), grants)
         for grant in grants:
             grant.commit()
         hold.state = "recorded"
@@ -366,8 +372,9 @@ class PrepaidPolicy(OutagePolicy):
         if given_back:
             # The entry has an id of its own: the store may have the hold's id from a request of another process.
             late_id, labels = self._state.new_id(), backing.labels
-            key, operation, trace_id = self._state.keys.hold(late_id), labels.operation, labels.trace_id
-            self.defer(RecordSpend(late_id, key, given_back, operation=operation, trace_id=trace_id, is_late=True))
+            key = self._state.keys.hold(late_id)
+            named = {"operation": labels.operation, "trace_id": labels.trace_id, "scope": labels.scope}
+            self.defer(RecordSpend(late_id, key, given_back, is_late=True, **named))
         backing.settled = state, units
         self._open.pop(hold.id, None)
         if (known := self.holds.get(hold.id)) is not None:

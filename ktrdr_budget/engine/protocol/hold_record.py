@@ -18,11 +18,16 @@ __all__ = [
     "Segment",
     "created_us_of",
     "deadline_ms_of",
+    "digest_of",
     "is_settled",
     "is_tombstone",
+    "join_scope",
     "label_words_of",
     "owner_word",
     "parse_record",
+    "parse_scope",
+    "scope_fields",
+    "scope_word",
     "segments_of",
     "unword",
     "word",
@@ -70,9 +75,18 @@ class HoldRecord(NamedTuple):
     trace_id: str
     segments: tuple[Segment, ...]
     request: str = ""
-    """The name of the granted request if the caller chose the id, else empty."""
+    """The granted request if the caller chose the id, else empty: a digest of its contents, a dot, and a name."""
     unreceived: bool = False
     """Whether the hold was released because its caller was gone before the grant arrived. The id is free again."""
+    scope: str = ""
+    """The fields of the scope: ``team=quant,user=alice``. Empty if there are none."""
+    units: tuple[str, ...] = ()
+    """The unit of each segment if the hold was reserved by scope, else empty."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the request's contents if the caller chose the id, else empty."""
+        return digest_of(self.request)
 
     @property
     def is_open(self) -> bool:
@@ -100,6 +114,7 @@ class HoldRecord(NamedTuple):
             operation=self.operation,
             trace_id=self.trace_id,
             released_by_operator=self.state == codes.RELEASED_BY_OPERATOR and not self.unreceived,
+            scope=scope_fields(self.scope),
         )
 
     def settled(self, state: str, charged: Sequence[int], *, remark: str = "", trace_id: str = "") -> HoldRecord:
@@ -120,7 +135,8 @@ class HoldRecord(NamedTuple):
         """The text that the store keeps, without the replica that settled the hold."""
         owner = owner_word(self.owner, self.request + ("!" if self.unreceived else ""))
         times = f"{self.deadline_ms} {self.created_us} {self.grown_us}"
-        head = f"{self.state} {self.policy} {times} {owner} {word(self.operation)} {word(self.trace_id)}"
+        labels = f"{word(self.operation)} {word(self.trace_id)} {scope_word(join_scope(self.scope, self.units))}"
+        head = f"{self.state} {self.policy} {times} {owner} {labels}"
         segments = [
             f"{s.flag},{s.name},{s.base or ''},{s.reserved},{s.accrued or ''},{_charged(self.state, s)}"
             for s in self.segments
@@ -136,7 +152,7 @@ def _charged(state: str, segment: Segment) -> str:
 def parse_record(text: str) -> HoldRecord:
     """Read the text of a hold record."""
     head, *segments = text.split("|")
-    state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
+    state, policy, deadline, created, grown, owner, operation, trace, scope = head.split(" ")
     parsed = []
     for segment in segments:
         flag, name, base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
@@ -156,6 +172,7 @@ def parse_record(text: str) -> HoldRecord:
         tuple(parsed),
         request.rstrip("!"),
         request.endswith("!"),
+        *parse_scope(scope),
     )
 
 
@@ -178,8 +195,8 @@ def created_us_of(text: str) -> int:
 
 
 def label_words_of(text: str) -> str:
-    """The operation and the trace id, as words of the wire."""
-    return text.partition("|")[0].split(" ", 6)[6]
+    """The operation, the trace id and the fields of the scope, as words of the wire."""
+    return text.partition("|")[0].split(" ", 6)[6].partition(";")[0]  # quoting leaves no ";" in a label
 
 
 def is_tombstone(text: str) -> bool:
@@ -196,6 +213,32 @@ def segments_of(parts: Iterable[tuple[Window, int]]) -> tuple[Segment, ...]:
 def owner_word(owner: str, request: str) -> str:
     """Encode the owner and the name of the granted request as one word of the record."""
     return f"{word(owner)}!{request}" if request else word(owner)  # quoting leaves no "!" in an owner
+
+
+def digest_of(request: str) -> str:
+    """The digest in :attr:`HoldRecord.request`; empty if it has none."""
+    return request.rpartition(".")[0]
+
+
+def scope_word(scope: str) -> str:
+    """Encode the text of :func:`join_scope` as one word; its fields and units need no quoting."""
+    return scope if scope and scope[0] != ";" else f"-{scope}"
+
+
+def parse_scope(scope: str) -> tuple[str, tuple[str, ...]]:
+    """The fields and the units from the text of :func:`join_scope` or :func:`scope_word`."""
+    fields, _, units = scope.partition(";")
+    return "" if fields == "-" else fields, tuple(units.split(",")) if units else ()
+
+
+def join_scope(fields: str, units: Sequence[str]) -> str:
+    """The scope of a hold as one text: its fields, and for a hold that was reserved by scope the units."""
+    return f"{fields};{','.join(units)}" if units else fields
+
+
+def scope_fields(fields: str) -> dict[str, str]:
+    """Parse the text of a scope's fields."""
+    return dict(field.split("=", 1) for field in fields.split(",")) if fields else {}
 
 
 def word(text: str) -> str:

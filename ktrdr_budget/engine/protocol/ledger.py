@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple, cast
 
-from ktrdr_budget.engine.protocol.hold_record import unword
+from ktrdr_budget.engine.protocol.hold_record import scope_fields, unword
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.models import LedgerEntry
 from ktrdr_budget.money import from_units
@@ -28,6 +28,8 @@ class StoredEntry(NamedTuple):
     trace_id: str
     trimmed_count: int
     """For a summary of trimmed entries: how many entries it replaces. For any other entry: 0."""
+    scope: str = ""
+    """The fields of the scope as text; empty if there are none."""
 
 
 def parse_entry(stored: bytes | str) -> StoredEntry:
@@ -37,10 +39,12 @@ def parse_entry(stored: bytes | str) -> StoredEntry:
         ValueError: the text is not a ledger entry.
     """
     text = stored.decode() if isinstance(stored, bytes) else stored
-    time_us, units, kind, hold_id, operation, trace_id, *_ = text.split(" ")
+    time_us, units, kind, hold_id, operation, trace_id, scope = text.split(" ")
     trimmed_count = int(hold_id) if kind == _SUMMARY and hold_id.isdecimal() else 0
     hold_id = "" if hold_id == "-" or trimmed_count else hold_id
-    return StoredEntry(int(time_us), int(units), kind, hold_id, unword(operation), unword(trace_id), trimmed_count)
+    scope = "" if scope == "-" else scope
+    labels = unword(operation), unword(trace_id)
+    return StoredEntry(int(time_us), int(units), kind, hold_id, *labels, trimmed_count, scope)
 
 
 def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
@@ -58,6 +62,7 @@ def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
         amount=from_units(entry.units, unit),
         operation=entry.operation,
         trace_id=entry.trace_id,
+        scope=scope_fields(entry.scope),
     )
 
 

@@ -16,6 +16,8 @@ from ktrdr_budget.engine.protocol.hold_record import (
     label_words_of,
     owner_word,
     parse_record,
+    parse_scope,
+    scope_word,
     segments_of,
     word,
 )
@@ -69,6 +71,8 @@ class Labels(NamedTuple):
     owner: str = ""
     operation: str = ""
     trace_id: str = ""
+    scope: str = ""
+    """The scope, in the form of :func:`~.hold_record.join_scope`."""
 
 
 class CommitAmount(NamedTuple):
@@ -145,7 +149,7 @@ class Reserve(Operation):
         parts: the windows, each with the whole units to hold.
         policy: a code of :data:`~.codes.POLICIES`.
         now_ms: the store's clock, as this replica estimates it.
-        request: a name of this request if the caller chose the id, else empty.
+        request: this request if the caller chose the id, else empty; see :attr:`~.hold_record.HoldRecord.request`.
     """
 
     __slots__ = ("_expires_ms", "_labels", "_segments", "parts", "policy", "request", "ttl_ms")
@@ -169,11 +173,12 @@ class Reserve(Operation):
         self.ttl_ms = ttl_ms
         self.policy = policy
         self.request = request
-        owner, operation, trace_id = labels
+        owner, operation, trace_id, scope = labels
         self._labels = (
-            f"{owner_word(owner, request)} {word(operation)} {word(trace_id)}" if owner or operation or trace_id
-            else f"-!{request} - -" if request
-            else "- - -"
+            f"{owner_word(owner, request)} {word(operation)} {word(trace_id)} {scope_word(scope)}"
+            if owner or operation or trace_id or scope
+            else f"-!{request} - - -" if request
+            else "- - - -"
         )  # fmt: skip
         windows: list[Window] = []
         segments, have_grants, expires_ms = "", True, 0
@@ -415,10 +420,12 @@ class RecordSpend(SettlingOperation):
 
     Args:
         parts: the windows, each with the whole units spent.
+        scope: the scope, in the form of :func:`~.hold_record.join_scope`.
+        digest: a digest of this request if the caller chose the id, else empty.
         is_late: whether the store accepts windows that have ended or not begun.
     """
 
-    __slots__ = ("is_late", "operation", "parts", "trace_id")
+    __slots__ = ("digest", "is_late", "operation", "parts", "scope", "trace_id")
     letter = codes.RECORD
 
     def __init__(
@@ -429,31 +436,44 @@ class RecordSpend(SettlingOperation):
         *,
         operation: str = "",
         trace_id: str = "",
+        scope: str = "",
+        digest: str = "",
         is_late: bool = False,
     ) -> None:
         super().__init__(hold_id, key, [window for window, _ in parts])
         self.parts = parts
         self.operation = operation
         self.trace_id = trace_id
+        self.scope = scope
+        self.digest = digest
         self.is_late = is_late
 
     @property
     def units(self) -> tuple[int, ...]:
         return tuple([units for _, units in self.parts])
 
+    @property
+    def _request(self) -> str:
+        return f"{self.digest}." if self.digest else ""
+
     def as_late(self) -> RecordSpend:
         """The same operation with ``is_late``, so that the spend counts in its windows even if they have ended."""
-        labels = {"operation": self.operation, "trace_id": self.trace_id}
+        labels = {"operation": self.operation, "trace_id": self.trace_id, "scope": self.scope, "digest": self.digest}
         return self if self.is_late else RecordSpend(self.hold_id, self.key, self.parts, is_late=True, **labels)
 
     def render(self, numbers: Numbers) -> str:
-        head = f"N {self.hold_id} {self.is_late:d} {word(self.operation)} {word(self.trace_id)}"
+        owner = owner_word("", self._request)
+        labels = f"{owner} {word(self.operation)} {word(self.trace_id)} {scope_word(self.scope)}"
+        head = f"N {self.hold_id} {self.is_late:d} {labels}"
         return head + "".join([f"{numbers[window]}:{units}" for window, units in self.parts])
 
     def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
         segments = tuple(segment._replace(charged=segment.reserved) for segment in segments_of(self.parts))
-        now_us = now_ms * 1000
-        return HoldRecord(codes.RECORDED, "c", now_ms, now_us, 0, "", self.operation, self.trace_id, segments)
+        times, labels = (now_ms, now_ms * 1000, 0), ("", self.operation, self.trace_id)
+        scope, units = parse_scope(self.scope)
+        return HoldRecord(
+            codes.RECORDED, "c", *times, *labels, segments, request=self._request, scope=scope, units=units
+        )
 
 
 class Restore(SettlingOperation):

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
-from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, segments_of
-from ktrdr_budget.engine.protocol.operations import CommitAmount, Restore, SettlingOperation
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, parse_scope, scope_fields, segments_of
+from ktrdr_budget.engine.protocol.operations import CommitAmount, Labels, Restore, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
 from ktrdr_budget.models import HoldState, Settlement
@@ -66,6 +66,7 @@ class HoldBase:
     __slots__ = (
         "_accrued",
         "_notes",
+        "_scope",
         "created_us",
         "deadline_ms",
         "drawn",
@@ -100,6 +101,7 @@ class HoldBase:
         created_us: int = 0,
         granted: str | None = None,
         offline: OfflineBacking | None = None,
+        scope: str = "",
     ) -> None:
         self.engine = engine
         self.id = hold_id
@@ -116,6 +118,8 @@ class HoldBase:
         """The local backing of a hold that was granted while the store was unreachable; else ``None``."""
         self.offline_record: HoldRecord | None = None
         """The hold's record at the grant, if the hold was granted offline; else ``None``."""
+        self._scope = scope
+        """The scope, in the form of :func:`~..protocol.hold_record.join_scope`."""
         self._accrued: dict[str, int] = {}
         self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
@@ -169,6 +173,16 @@ class HoldBase:
         The next :meth:`extend` reports them to the store.
         """
         return {window.budget: from_units(self._accrued.get(window.budget, 0), window.unit) for window, _ in self.parts}
+
+    @property
+    def scope(self) -> Mapping[str, str]:
+        """The fields of the scope in which the hold was reserved; empty if there are none."""
+        return scope_fields(parse_scope(self._scope)[0])
+
+    @property
+    def scope_units(self) -> tuple[str, ...]:
+        """For a hold that was reserved by scope, the unit of each part; else empty."""
+        return parse_scope(self._scope)[1] if self._scope else ()
 
     @property
     def windows(self) -> Mapping[str, str]:
@@ -305,14 +319,16 @@ class HoldBase:
         # The older of two replies may arrive last.
         self.parts = [(window, max(units, reserved[window.budget])) for window, units in self.parts]
 
-    def keep_offline(self, policy: str, now_us: int, owner: str, operation: str, trace_id: str) -> HoldRecord:
+    def keep_offline(self, policy: str, now_us: int, labels: Labels) -> HoldRecord:
         """Create the record of a hold that was granted without the store, and return it."""
-        labels = owner, operation, trace_id
-        segments = segments_of(self.parts)
-        self.offline_record = HoldRecord(
-            codes.OPEN, policy, self.deadline_ms, now_us, 0, *labels, segments, self.request
-        )
+        self.offline_record = self._open_record(policy, now_us, labels)._replace(request=self.request)
         return self.offline_record
+
+    def _open_record(self, policy: str, created_us: int, labels: Labels) -> HoldRecord:
+        owner, operation, trace_id, scope = labels
+        times, words = (self.deadline_ms, created_us, 0), (owner, operation, trace_id)
+        fields, units = parse_scope(scope)
+        return HoldRecord(codes.OPEN, policy, *times, *words, segments_of(self.parts), scope=fields, units=units)
 
     def offline_view(self) -> HoldRecord:
         """The current record of a hold that was granted without the store."""
@@ -329,8 +345,7 @@ class HoldBase:
         """
         record = self.offline_record
         if record is None:  # lost
-            lost = segments_of(self.parts)
-            record = HoldRecord(codes.OPEN, "c", self.deadline_ms, self.created_us, 0, "", "", "", lost)
+            record = self._open_record("c", self.created_us, Labels(scope=self._scope))
         segments = []
         figures = zip(record.segments, self.parts, self.accrued_units, strict=True)
         for segment, (window, reserved), accrued in figures:

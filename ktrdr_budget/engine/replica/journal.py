@@ -31,6 +31,7 @@ from ktrdr_budget.engine.protocol.hold_record import (
     created_us_of,
     deadline_ms_of,
     is_settled,
+    join_scope,
     parse_record,
 )
 from ktrdr_budget.engine.protocol.keys import Keys
@@ -374,8 +375,9 @@ class Journal:
         op: SettlingOperation
         if record.state == RECORDED:
             parts = list(zip(windows, settlement.units, strict=True))
-            labels = {"operation": record.operation, "trace_id": record.trace_id}
-            op = RecordSpend(hold_id, key, parts, is_late=True, **labels)
+            labels = {"operation": record.operation, "trace_id": record.trace_id, "digest": record.digest}
+            scope = join_scope(record.scope, record.units)
+            op = RecordSpend(hold_id, key, parts, scope=scope, is_late=True, **labels)
         else:
             op = Restore(hold_id, key, windows, settlement.record)
         return SettleOnBehalf(settlement.replica, op) if settlement.replica else op

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ktrdr_budget.engine.protocol.batch import BatchHead, Header, Settings
 from ktrdr_budget.engine.protocol.codes import COUNT
@@ -256,17 +256,18 @@ class ReplicaState:
             self.on_loss()
 
     def journal_settlement(self, op: SettlingOperation, settled: Settled, now_ms: int) -> None:
-        """Journal an acknowledged settlement.
+        """Journal an acknowledged settlement."""
+        self.journal.settled(op, settled, now_ms, self.windows_of(op, settled))
+
+    def windows_of(self, op: SettlingOperation, settled: Settled) -> Sequence[Window]:
+        """The windows in which a settlement counts, each for its units in the reply.
 
         If the store had executed an earlier attempt of a record of spend, the amount counts in that attempt's windows.
         """
-        windows = op.windows
-        if settled.windows:
-            windows = [
-                self.window(budget, stored, window.flag)
-                for window, (budget, stored) in zip(windows, settled.windows, strict=True)
-            ]
-        self.journal.settled(op, settled, now_ms, windows)
+        if not settled.windows:
+            return op.windows
+        flags = {window.budget: window.flag for window in op.windows}
+        return [self.window(budget, stored, flags.get(budget, COUNT)) for budget, stored in settled.windows]
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def test_a_page_with_an_invalid_size_or_cursor_is_refused_before_anything_is_sen
 
 def page_of(*entries: str, first: int = 1, trimmed: int = 0):
     """The store's reply: the number of the first entry, and the entries, oldest first."""
-    return found(trimmed, first, [f"{NOW_MS}000 {entry} - -" for entry in entries])
+    return found(trimmed, first, [f"{NOW_MS}000 {entry} - - -" for entry in entries])
 
 
 def test_a_ledger_page_shows_the_current_window_by_default_with_the_newest_entry_first(context):

@@ -19,6 +19,7 @@ from ktrdr_budget.engine.calls.reserve import release_grant, reserve
 from ktrdr_budget.engine.outage.allow import AllowPolicy
 from ktrdr_budget.engine.outage.policy import OutagePolicy
 from ktrdr_budget.engine.protocol.codes import OPEN, RELEASED, RELEASED_BY_OPERATOR, ReleaseMode
+from ktrdr_budget.engine.protocol.hold_record import digest_of
 from ktrdr_budget.engine.protocol.operations import Release, Reserve, Retire
 from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Granted, Replayed, Settled, StaleWindow
 from ktrdr_budget.engine.protocol.requests import Read
@@ -101,6 +102,18 @@ def test_a_reservation_sends_a_new_request_name_only_if_the_caller_chose_the_id(
     assert first.request != second.request != ""
 
 
+def test_the_digest_in_a_request_depends_on_its_contents_but_not_on_its_ttl_or_labels(context):
+    def digest(**given):
+        [request], _ = drive(reservation(context, id="op_1", **given), GRANTED)
+        return digest_of(request.request)
+
+    assert digest() == digest(ttl=90, operation="research", owner="me") == digest(amount=0.25) != ""
+    both = [{"agent": "1", "tokens": 2}, {"tokens": 2, "agent": 1}]
+    assert digest(budget=both[0], amount=None) == digest(budget=both[1], amount=None)
+    for other in ({"amount": "0.26"}, {"budget": "tokens", "amount": 1}, {"on_expiry": "release"}):
+        assert digest(**other) != digest()
+
+
 def test_holds_past_their_deadline_are_retired_after_a_denial_and_the_reservation_is_repeated(context):
     denied = Denied(context.state.current_window("agent").name, UNITS, 0, UNITS, 0, UNITS, NOW_MS - 1)
     record = hold_record(context, agent=UNITS, due=True).render()
@@ -164,7 +177,7 @@ def test_a_replayed_hold_is_retired_and_returned_as_unconfirmed_if_it_is_past_it
 
 
 def test_a_reservation_removes_the_tombstone_left_by_an_earlier_request_with_the_same_id(context):
-    text = hold_record(context, RELEASED).render().replace("- - -", "- ! -")
+    text = hold_record(context, RELEASED).render().replace("- - - -", "- ! - -")
     requests, _ = drive(reservation(context, id="op_1"), answer(Conflict(text)), answer(Settled(())), GRANTED)
     assert kinds(requests) == [Reserve, Release, Reserve]
     assert requests[1].mode is ReleaseMode.LIFT
@@ -219,7 +232,16 @@ def test_two_concurrent_reservations_with_the_same_id_receive_the_same_offline_h
 def test_a_reservation_with_the_id_of_an_offline_hold_but_other_contents_is_a_conflict(other):
     context = call_context(*BUDGETS, policy=AllowPolicy)
     offline_hold(context, "op_1", agent=UNITS)
-    assert drive(reservation(context, id="op_1", **other), raises=HoldConflict).requests == []
+    drive(reservation(context, id="op_2"), NOT_SENT)
+    for hold_id in ("op_1", "op_2"):
+        assert drive(reservation(context, id=hold_id, **other), raises=HoldConflict).requests == []
+
+
+def test_a_retry_of_a_reservation_that_was_granted_offline_is_recognized_by_its_digest():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    granted = drive(reservation(context, id="op_1"), NOT_SENT).result
+    granted.offline_record = granted.offline_record._replace(policy="r")
+    assert drive(reservation(context, id="op_1")).result.replayed
 
 
 def test_the_grant_of_a_cancelled_caller_is_released_at_once_or_after_the_store_replies_again(context):

@@ -315,6 +315,16 @@ def test_a_record_of_zero_spend_succeeds_but_conflicts_if_the_id_is_in_use(conte
     drive(record(context, "agent", 0, "a", ""), conflict, raises=HoldConflict)
 
 
+def test_a_record_of_spend_sends_a_digest_only_if_the_caller_chose_the_id(context):
+    [generated], _ = drive(record(context, "agent", "0.07", None, ""), committed(7 * CENT))
+    digests = [
+        drive(record(context, "agent", amount, "r", operation), committed(7 * CENT)).requests[0].digest
+        for amount, operation in (("0.07", ""), ("0.07", "research"), ("0.08", ""))
+    ]
+    assert generated.digest == ""
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_record_of_spend_is_repeated_in_the_current_window_if_its_window_has_ended(context):
     requests, settlement = drive(record(context, "agent", "0.07", "r", ""), answer(StaleWindow()), committed(7 * CENT))
     assert [type(request) for request in requests] == [RecordSpend, RecordSpend]

@@ -47,11 +47,14 @@ async def numbers_of_pages(limiter: AsyncBudgetLimiter, limit: int) -> list[str]
 
 
 def test_the_text_of_a_ledger_entry_is_parsed_into_its_fields():
-    entry = parse_entry(b"1763899200123456 -150 correction op_1 a%20call t1 -")
-    assert entry == StoredEntry(1763899200123456, -150, "correction", "op_1", "a call", "t1", 0)
+    entry = parse_entry(b"1763899200123456 -150 correction op_1 a%20call t1 team=quant,user=alice")
+    scope = "team=quant,user=alice"
+    assert entry == StoredEntry(1763899200123456, -150, "correction", "op_1", "a call", "t1", 0, scope)
     public = public_entry(entry, 7, "usd")
     assert (public.entry_id, public.hold_id, public.amount) == ("7", "op_1", Decimal("-0.00000015"))
     assert public.at.isoformat() == "2025-11-23T12:00:00.123000+00:00"
+    assert public.scope == {"team": "quant", "user": "alice"}
+    assert public_entry(parse_entry("1763899200123456 5 commit op_1 - - -"), 8, "usd").scope == {}
 
 
 def test_a_ledger_summary_has_the_number_of_trimmed_entries_but_no_entry_id():

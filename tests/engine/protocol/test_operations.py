@@ -33,7 +33,7 @@ AGENT = make_window("agent", expires_ms=EXPIRES_MS)
 TOKENS = make_window("tokens", "n", expires_ms=EXPIRES_MS + 1)
 JOBS = make_window("jobs", "s")
 NO_LABELS = Labels()
-RECORD = f"o c 9 8 0 - - -{AGENT.segment}5,,"
+RECORD = f"o c 9 8 0 - - - -{AGENT.segment}5,,"
 
 
 def reserve(*parts: tuple[Window, int], labels: Labels = NO_LABELS, request: str = "") -> Reserve:
@@ -56,18 +56,22 @@ def extend(mode: ExtendMode = ExtendMode.HEARTBEAT, **totals: int) -> Extend:
 @pytest.mark.parametrize(
     ("op", "text"),
     [
-        (reserve(), f"R a 1000 c {EXPIRES_MS} agent:5\n- - -{AGENT.segment}5,,"),
+        (reserve(), f"R a 1000 c {EXPIRES_MS} agent:5\n- - - -{AGENT.segment}5,,"),
         (
             reserve((AGENT, 5), (TOKENS, 3)),
-            f"R a 1000 c {EXPIRES_MS + 1} agent:5 tokens:3\n- - -{AGENT.segment}5,,{TOKENS.segment}3,,",
+            f"R a 1000 c {EXPIRES_MS + 1} agent:5 tokens:3\n- - - -{AGENT.segment}5,,{TOKENS.segment}3,,",
         ),
         (commit((AGENT, 7)), "D a agent:x7"),
         (commit((AGENT, 7), mode=CommitMode.ACCRUED), "D a agent:a7"),
         (commit((AGENT, 7), remark="a call", trace_id="t1"), "M a a%20call t1 agent:x7"),
         (Release("a", "key", [AGENT]), "L a 0 agent:x0"),
         (Release("a", "key", [AGENT], ReleaseMode.UNRECEIVED, request="r1"), "L a sr1 agent:x0"),
-        (RecordSpend("a", "key", [(AGENT, 7), (TOKENS, 3)], operation="a call"), "N a 0 a%20call - agent:7 tokens:3"),
-        (RecordSpend("a", "key", [(AGENT, 7)], is_late=True), "N a 1 - - agent:7"),
+        (RecordSpend("a", "key", [(AGENT, 7), (TOKENS, 3)], operation="b c"), "N a 0 - b%20c - - agent:7 tokens:3"),
+        (RecordSpend("a", "key", [(AGENT, 7)], is_late=True), "N a 1 - - - - agent:7"),
+        (
+            RecordSpend("a", "key", [(AGENT, 7)], scope="user=alice;usd", digest="abc"),
+            "N a 0 -!abc. - - user=alice;usd agent:7",
+        ),
         (extend(accrued=5), "E a 1000 0 agent:5:0"),
         (extend(ExtendMode.GROW, reserved=9, expected=5), "E a 1000 1 agent:0:9:5"),
         (Retire("a", "key", [AGENT, TOKENS]), "X a agent tokens"),
@@ -85,10 +89,12 @@ def test_each_operation_is_rendered_as_the_wire_document_describes(op, text):
 @pytest.mark.parametrize(
     ("labels", "request_name", "words"),
     [
-        (NO_LABELS, "", "- - -"),
-        (Labels("w 1", "a|b", "t1"), "", "w%201 a%7Cb t1"),
-        (NO_LABELS, "r1", "-!r1 - -"),
-        (Labels("w1"), "r1", "w1!r1 - -"),
+        (NO_LABELS, "", "- - - -"),
+        (Labels("w 1", "a|b", "t1"), "", "w%201 a%7Cb t1 -"),
+        (NO_LABELS, "r1", "-!r1 - - -"),
+        (Labels("w1"), "r1", "w1!r1 - - -"),
+        (Labels(scope="team=quant,user=alice"), "", "- - - team=quant,user=alice"),
+        (Labels("w1", scope=";usd"), "r1", "w1!r1 - - -;usd"),
     ],
 )
 def test_the_record_of_a_reservation_contains_the_labels_and_the_request_as_words(labels, request_name, words):
@@ -140,9 +146,17 @@ def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reser
     assert op.uses_fast_path
     settled = op.parse("k")
     after = op.record(settled, granted, 9).render()
-    assert text_of(op, fast=True) == f"C a - - {amounts}\n{granted}\n{after} 0123456789ab"
+    assert text_of(op, fast=True) == f"C a - - - {amounts}\n{granted}\n{after} 0123456789ab"
     assert settled.overrun == overrun
     assert op.record_text(settled, granted, 9) == after
+
+
+def test_a_fast_commit_names_the_scope_for_the_ledger_without_the_units_of_the_hold():
+    granted = reserve((AGENT, 9), labels=Labels(operation="a;b", scope="user=alice;usd")).granted(8, 9)
+    op = commit((AGENT, 7))
+    op.enable_fast_path("0123456789ab", granted, [(AGENT, 9)])
+    assert text_of(op, fast=True).startswith("C a a%3Bb - user=alice agent:9:7\n")
+    assert parse_record(op.record_text(op.parse("k"), granted, 9)).units == ("usd",)
 
 
 @pytest.mark.parametrize("parts", [[(AGENT, 2**46 + 1)], [(AGENT, 2**46 + 1), (TOKENS, 3)]])
@@ -184,8 +198,9 @@ def test_an_extension_sent_as_a_report_has_the_same_totals_and_does_not_change_t
 
 
 def test_a_late_record_of_spend_has_the_windows_and_labels_of_the_original_record():
-    late = RecordSpend("a", "key", [(AGENT, 7)], operation="call", trace_id="t1").as_late()
-    assert text_of(late) == "N a 1 call t1 agent:7"
+    labels = {"operation": "call", "trace_id": "t1", "scope": "user=alice", "digest": "abc"}
+    late = RecordSpend("a", "key", [(AGENT, 7)], **labels).as_late()
+    assert text_of(late) == "N a 1 -!abc. call t1 user=alice agent:7"
     assert late.as_late() is late
 
 

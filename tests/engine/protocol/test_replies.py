@@ -48,7 +48,7 @@ from ktrdr_budget.engine.protocol.replies import (
 from ...helpers.windows import make_window
 
 AGENT = make_window()
-RECORD = f"o c 9 8 0 - - -|u,{AGENT.name},,5,,"
+RECORD = f"o c 9 8 0 - - - -|u,{AGENT.name},,5,,"
 RESERVE = Reserve("a", "key", [(AGENT, 5)], ttl_ms=1000, policy="c", labels=Labels(), now_ms=0)
 COMMIT = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])
 RELEASE = Release("a", "key", [AGENT])

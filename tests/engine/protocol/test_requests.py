@@ -31,8 +31,8 @@ from ktrdr_budget.engine.protocol.requests import (
 from ...helpers.windows import KEYS, make_window
 
 AGENT = make_window()
-RECORD = f"o c 9 8 0 - - -{AGENT.segment}5,,"
-TOMBSTONE = f"r c 9 8 0 - ! -{AGENT.segment}0,,"
+RECORD = f"o c 9 8 0 - - - -{AGENT.segment}5,,"
+TOMBSTONE = f"r c 9 8 0 - ! - -{AGENT.segment}0,,"
 NOW_MS = 1_796_040_000_000
 
 

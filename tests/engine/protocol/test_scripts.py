@@ -90,8 +90,8 @@ class Wire:
             return Raw(hold_id, key, windows, Restore(hold_id, key, windows, record).render)
         if letter == "R":
             wanted = [(window, int(tail[1:])) for window, tail in tails]
-            ttl_ms, policy, owner, operation, trace_id = words
-            labels = Labels(*("" if word == "-" else word for word in (owner, operation, trace_id)))
+            ttl_ms, policy, *texts = words
+            labels = Labels(*("" if word == "-" else word for word in texts))
             op = Reserve(hold_id, key, wanted, int(ttl_ms), policy, labels, self.session.now_ms())
             return Raw(hold_id, key, windows, lambda numbers: op.render(numbers).replace("%21", "!"))
         return Raw(
@@ -204,6 +204,65 @@ def test_the_reply_to_a_reservation_is_a_grant_a_replay_a_conflict_or_a_denial(w
     assert wire.sums("agent")["held"] == 150
 
 
+@pytest.mark.parametrize(("granted", "repeated"), [("alice!", "alice!"), ("-!", "bob!")])
+def test_equal_digests_of_two_reservations_make_a_replay_and_different_digests_a_conflict(wire, granted, repeated):
+    def request(owner: str, policy: str = "c", **amounts: int) -> str:
+        return wire.request(f"R op_1 60000 {policy} {owner} - -", **{name: f":{n}" for name, n in amounts.items()})
+
+    assert request(f"{granted}one.0123-1", agent=150) == "g"
+    record = wire.record("op_1")
+    assert request(f"{repeated}one.0123-2", agent=151, cycles=1) == f"p {record}", "budgets were redefined meanwhile"
+    assert request(f"{repeated}two.0123-3", agent=150) == f"c {record}"
+    assert request("-", agent=150) == f"p {record}", "a request without a digest is compared by its amounts"
+    assert request("-", agent=151) == f"c {record}"
+    assert request("-", policy="a", agent=150) == f"c {record}"
+
+
+def test_a_reservation_is_compared_by_its_amounts_if_only_the_request_has_a_digest(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.request("R op_1 60000 c -!one.0123-2 a.call -", agent=":150") == f"p {wire.record('op_1')}"
+    assert wire.request("R op_1 60000 c -!one.0123-2 a.call -", agent=":151") == f"c {wire.record('op_1')}"
+
+
+def test_equal_digests_of_two_records_of_spend_make_a_replay_and_different_digests_a_conflict(wire):
+    assert wire.request("N op_1 0 -!one. - - -", agent=":20", cycles=":1") == "k - 20,1"
+    record = wire.record("op_1")
+    replay = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
+    assert wire.request("N op_1 0 -!one. - - -", all=":5") == replay, "budgets were redefined meanwhile"
+    assert wire.request("N op_1 0 -!two. - - -", agent=":20", cycles=":1") == f"c {record}"
+    assert wire.request("N op_1 0 - - - -", cycles=":1", agent=":20") == replay
+    assert wire.request("N op_1 0 - - - -", agent=":21", cycles=":1") == f"c {record}"
+
+
+def test_each_ledger_entry_of_a_hold_has_the_fields_of_its_scope_without_the_units(wire):
+    scope = "team=quant,user=alice"
+    for hold_id in ("op_1", "op_2", "op_3"):
+        assert wire.request(f"R {hold_id} 1000 c - - - {scope};usd", agent=":150") == "g"
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), fast=True) == ["k"]
+    assert wire.request("E op_2 60000 0", agent=":0:0").startswith("e ")
+    assert wire.request("D op_2", agent=":x80") == "k - 80"
+    wire.wait_due("op_3")
+    assert wire.request("E op_3 1000 0", agent=":0:0").startswith("e "), "it expires, and is opened again"
+    wire.wait_due("op_3")
+    assert wire.request("L op_3 1", agent=":x0") == "k l 0"
+    assert wire.request("D op_3", agent=":x60") == "k l 60"
+    assert wire.request(f"N op_4 0 - - - {scope}", agent=":5") == "k - 5"
+    assert wire.request(f"K op_5 c {TIMES} - - - {scope};usd", agent=",150,,90") == "k - 90"
+    assert wire.request(f"S you N op_6 1 - - - {scope};usd", agent=":4") == "k - 4"
+    kinds = ["commit", "commit", "expiry", "revival", "expiry", "release", "correction", "record", "commit", "record"]
+    assert [(entry.kind, entry.scope) for entry in wire.entries("agent")] == [(kind, scope) for kind in kinds]
+    for hold_id in ("op_1", "op_2", "op_3", "op_5", "op_6"):
+        assert f" {scope};usd|" in wire.record(hold_id)
+
+
+def test_a_ledger_entry_of_a_hold_in_a_scope_without_fields_has_no_scope(wire):
+    for hold_id in ("op_1", "op_2"):
+        assert wire.request(f"R {hold_id} 60000 c - - - ;usd", agent=":150") == "g"
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), fast=True) == ["k"]
+    assert wire.request("D op_2", agent=":x80") == "k - 80"
+    assert [entry.scope for entry in wire.entries("agent")] == ["-", "-"]
+
+
 def day(wire: Wire, budget: str = "agent") -> str:
     return wire.session.current_window(budget).stored
 
@@ -214,9 +273,9 @@ def test_a_reservation_with_a_past_window_or_a_different_definition_is_refused(c
     assert wire.reserve("op_1", agent=150) == "g"
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     assert other.reserve("op_2", agent=150) == "m agent usd,day,UTC,spend"
-    assert other.request("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert other.request("N op_2 0 - research - -", agent=":20") == "m agent usd,day,UTC,spend"
     assert other.reserve("op_1", agent=150).startswith("p "), "a replay comes before all checks"
-    assert other.request("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
+    assert other.request("N op_2 1 - research - -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
     assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
 
@@ -281,33 +340,31 @@ def test_the_reply_is_the_record_of_the_hold_if_an_operation_omits_a_window_of_t
 
 
 def test_spend_is_recorded_once_for_each_id_and_only_late_spend_is_accepted_in_an_ended_window(client, wire):
-    assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
+    assert wire.request("N op_1 0 - research - -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
-    assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == words
-    assert Wire(client).request("N op_1 0 research -", cycles=":1", agent=":20") == (
-        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire, 'cycles')},agent:{day(wire)}"
-    )
-    assert wire.request("N op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
+    assert wire.request("N op_1 0 - research - -", agent=":20", cycles=":1") == words
+    assert Wire(client).request("N op_1 0 - research - -", cycles=":1", agent=":20") == words
+    assert wire.request("N op_1 0 - research - -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=20, cycles=1) == f"c {wire.record('op_1')}"
-    assert wire.yesterday().request("N op_2 0 - -", agent=":20") == "w"
+    assert wire.yesterday().request("N op_2 0 - - - -", agent=":20") == "w"
     late = wire.yesterday()
     ended = late.session.current_window("agent")
-    assert late.request("N op_2 1 - -", agent=":20") == "k - 20"
+    assert late.request("N op_2 1 - - - -", agent=":20") == "k - 20"
     assert client.hget(ended.key, "spent") == "20"
     berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
-    assert berlin.request("N op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert berlin.request("N op_3 0 - - - -", agent=":20") == "m agent usd,day,UTC,spend"
     assert wire.sums("agent") == figures(spent=20, events=1)
     assert immortal_keys(client) == []
 
 
 def test_a_repeated_reservation_or_commit_is_a_replay_after_a_lost_commit_is_restored(client, wire):
-    head = f"K op_1 c {TIMES} me research t1"
+    head = f"K op_1 c {TIMES} me research t1 -"
     parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
     assert wire.request(head, **parts) == "k o 70,2,0"
     assert wire.request(head, **parts) == f"p - 70,2,0 {wire.session.replica_id}"
     assert wire.request(head, **(parts | {"agent": "150,200,,71"})) == f"c {wire.record('op_1')}"
-    assert wire.request(f"K op_1 o {TIMES} me research t1", **parts) == "p", "a settlement wins"
-    assert wire.request(f"K op_1 r {TIMES} me research t1", **parts) == f"c {wire.record('op_1')}"
+    assert wire.request(f"K op_1 o {TIMES} me research t1 -", **parts) == "p", "a settlement wins"
+    assert wire.request(f"K op_1 r {TIMES} me research t1 -", **parts) == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=150, cycles=1, jobs=1) == f"p {wire.record('op_1')}"
     assert wire.reserve("op_1", policy="a", agent=150, cycles=1, jobs=1) == f"c {wire.record('op_1')}"
     assert wire.sums("agent") == figures(spent=70, events=1)
@@ -322,7 +379,7 @@ def test_a_repeated_reservation_or_release_is_a_replay_after_a_lost_release_is_r
         wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
     if known == "expired":
         wait_until(lambda: wire.request("X op_1", agent="") == "x" and wire.record("op_1")[0] == "x")
-    head = f"K op_1 {state} {TIMES} - - -"
+    head = f"K op_1 {state} {TIMES} - - - -"
     assert wire.request(head, agent=",150,,") == f"k {'l' if known == 'expired' else '-'} 0"
     assert wire.request(head, agent=",150,,").startswith("p")
     assert wire.reserve("op_1", agent=150) == f"p {wire.record('op_1')}"
@@ -340,10 +397,10 @@ def test_a_repeated_reservation_or_release_is_a_replay_after_a_lost_release_is_r
 def test_restoring_a_hold_is_a_conflict_if_the_store_has_the_hold_with_other_contents(wire):
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1")
-    assert wire.request(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
-    assert wire.request(f"K op_1 c {TIMES} - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
-    assert wire.request("N op_2 0 - -", agent=":5") == "k - 5"
-    assert wire.request(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
+    assert wire.request(f"K op_1 c {TIMES} - - - -", cycles=",1,,1") == f"c {before}"
+    assert wire.request(f"K op_1 c {TIMES} - - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
+    assert wire.request("N op_2 0 - - - -", agent=":5") == "k - 5"
+    assert wire.request(f"K op_2 c {TIMES} - - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
 
 
 # -- a window whose key is missing -------------------------------------------------------------------------------------
@@ -356,18 +413,18 @@ TOUCHING = {
     "L op_z 0": ":x0",
     "E op_1 60000 0": ":30:200",
     "X op_x": "",
-    "N new 0 - -": ":20",
-    f"K new c {TIMES} - - -": ",20,,20",
-    f"K new r {TIMES} - - -": ",20,,",
-    f"K new z {TIMES} - - -": ",20,,",
-    f"K new o {TIMES} - - -": ",20,,",
-    f"K op_1 o {TIMES} - - -": "150,200,,",
-    f"K op_1 c {TIMES} - - -": ",150,,70",
-    f"K op_x c {TIMES} - - -": ",150,,70",
-    f"K op_1 r {TIMES} - - -": ",150,,",
+    "N new 0 - - - -": ":20",
+    f"K new c {TIMES} - - - -": ",20,,20",
+    f"K new r {TIMES} - - - -": ",20,,",
+    f"K new z {TIMES} - - - -": ",20,,",
+    f"K new o {TIMES} - - - -": ",20,,",
+    f"K op_1 o {TIMES} - - - -": "150,200,,",
+    f"K op_1 c {TIMES} - - - -": ",150,,70",
+    f"K op_x c {TIMES} - - - -": ",150,,70",
+    f"K op_1 r {TIMES} - - - -": ",150,,",
     "T -": ":20",
-    f"S replica K op_1 c {TIMES} - - -": ",150,,70",
-    f"S replica K new c {TIMES} - - -": ",20,,20",
+    f"S replica K op_1 c {TIMES} - - - -": ",150,,70",
+    f"S replica K new c {TIMES} - - - -": ",20,,20",
 }
 
 
@@ -443,16 +500,16 @@ ADDING_MORE = {
     "D op_1": f":x{150 + MORE}",
     "M op_1 model trace": f":x{150 + MORE}",
     "E op_1 60000 0": f":{150 + MORE}:150",
-    "N new 0 - -": f":{MORE}",
-    "N new 1 - -": f":{MORE}",
-    f"K new o {TIMES} - - -": f",{MORE},,",
-    f"K new x {TIMES} - - -": f",{MORE},,{MORE}",
-    f"K new c {TIMES} - - -": f",{MORE},,{MORE}",
-    f"K op_1 o {TIMES} - - -": f"150,{150 + MORE},,",
-    f"K op_1 c {TIMES} - - -": f",150,,{150 + MORE}",
+    "N new 0 - - - -": f":{MORE}",
+    "N new 1 - - - -": f":{MORE}",
+    f"K new o {TIMES} - - - -": f",{MORE},,",
+    f"K new x {TIMES} - - - -": f",{MORE},,{MORE}",
+    f"K new c {TIMES} - - - -": f",{MORE},,{MORE}",
+    f"K op_1 o {TIMES} - - - -": f"150,{150 + MORE},,",
+    f"K op_1 c {TIMES} - - - -": f",150,,{150 + MORE}",
     "T -": f":{MORE}",
-    "S you N new 1 - -": f":{MORE}",
-    f"S you K op_1 c {TIMES} - - -": f",150,,{150 + MORE}",
+    "S you N new 1 - - - -": f":{MORE}",
+    f"S you K op_1 c {TIMES} - - - -": f",150,,{150 + MORE}",
 }
 """Operations that add ``MORE`` units to the units that the window counts."""
 
@@ -473,7 +530,7 @@ def test_an_operation_is_refused_if_its_window_would_count_2_to_the_62_units(cli
 
 
 def test_each_batch_of_replays_prolongs_the_recovery(client, wire):
-    for op in (wire.op(f"S you K op_1 c {TIMES} - - -", agent=",20,,20"), wire.op("T -", agent=":20")):
+    for op in (wire.op(f"S you K op_1 c {TIMES} - - - -", agent=",20,,20"), wire.op("T -", agent=":20")):
         client.hset(wire.session.keys.meta, "recovering_until", 1)
         wire.send(op)
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
@@ -485,20 +542,20 @@ def test_a_settlement_replayed_by_replica_1_on_behalf_of_replica_2_counts_in_the
     maker.record("unknown")
     me, you = wire.session.replica_id, maker.session.replica_id
     wire.reserve("op_1", agent=150)
-    assert wire.request(f"S {you} K op_1 c {TIMES} - - -", agent=",150,,70") == "k - 70"
-    assert wire.request(f"S {you} K lost c {TIMES} - - -", agent=",5,,5") == "k - 5"
-    assert wire.request(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
-    assert wire.request(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
+    assert wire.request(f"S {you} K op_1 c {TIMES} - - - -", agent=",150,,70") == "k - 70"
+    assert wire.request(f"S {you} K lost c {TIMES} - - - -", agent=",5,,5") == "k - 5"
+    assert wire.request(f"S {you} N spent 1 - - - -", agent=":3") == "k - 3"
+    assert wire.request(f"S {you} N spent 1 - - - -", agent=":3").startswith(f"p - 3 {you} ")
     assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
     assert wire.sums("agent") == figures(spent=78, events=3)
     assert maker.request("T -", agent=":100") == "k - 22"
-    assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "a", (
+    assert wire.request(f"S {you} K other c {TIMES} - - - -", agent=",5,,5") == "a", (
         "the replayed subtotal of that replica includes it"
     )
     assert wire.sums("agent") == figures(spent=100, events=4)
-    client.hset(wire.session.keys.meta, "epoch", "3.another")  # another loss; that replica has not replayed
+    client.hset(wire.session.keys.meta, "epoch", "4.another")  # another loss; that replica has not replayed
     wire.session.renew()
-    assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
+    assert wire.request(f"S {you} K other c {TIMES} - - - -", agent=",5,,5") == "k - 5"
 
 
 def test_an_extension_prolongs_or_enlarges_an_open_hold_but_no_settled_or_unknown_hold(wire):
@@ -545,7 +602,7 @@ def test_extending_an_expired_hold_needs_room_only_for_the_money_returned_at_its
     wire.wait_due("op_1")
     wire.request("X op_1", agent="")
     assert wire.sums("agent") == figures(unconfirmed=30, events=1)
-    wire.request("N other 0 - -", agent=f":{5 * 10**9 - 100}")
+    wire.request("N other 0 - - - -", agent=f":{5 * 10**9 - 100}")
     assert wire.request("E op_1 60000 0", agent=":30:0").startswith("d agent:")
     assert wire.request("E op_1 60000 0", agent=":150:0").startswith("e o "), "reported spend is a fact"
     assert wire.sums("agent") == figures(spent=5 * 10**9 - 100, held=150, events=2)
@@ -564,7 +621,7 @@ def test_the_head_of_a_reply_has_the_time_and_the_epoch_and_due_holds_and_the_nu
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
-    assert head.epoch is not None and head.epoch.startswith("3.")
+    assert head.epoch is not None and head.epoch.startswith("4.")
     assert abs(head.now_us - client.time()[0] * 1_000_000) < 2_000_000
     wire.reserve("op_2", agent=6 * 10**9)
     assert (wire.head.acknowledged, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
@@ -577,7 +634,7 @@ def test_the_store_grants_nothing_from_the_report_of_a_data_loss_to_the_end_of_t
     wire.reserve("op_1", agent=150)
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
-    assert wire.send(again, wire.op("N op_3 0 - -", agent=":10")) == []
+    assert wire.send(again, wire.op("N op_3 0 - - - -", agent=":10")) == []
     assert (wire.head.data_loss, wire.head.acknowledged) == (True, 0)
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
     [refused] = wire.send(again)
@@ -585,15 +642,15 @@ def test_the_store_grants_nothing_from_the_report_of_a_data_loss_to_the_end_of_t
     word, until_ms = refused.split(" ")
     assert word == "l"
     assert 0 < int(until_ms) - wire.now_us() // 1000 <= 3000
-    assert wire.request("N op_3 0 - -", agent=":10") == "k - 10", "facts need no admission"
-    assert wire.request("N op_4 0 - -", agent=":0") == "k - 0"
+    assert wire.request("N op_3 0 - - - -", agent=":10") == "k - 10", "facts need no admission"
+    assert wire.request("N op_4 0 - - - -", agent=":0") == "k - 0"
     assert wire.reserve("op_4", agent=150).startswith("c "), "a replay or a conflict comes first"
     wait_until(lambda: wire.now_us() // 1000 >= int(until_ms))
     assert wire.send(again) == ["g"]
 
 
 def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_replayed_value(client, wire):
-    wire.request("N op_1 0 - -", agent=":10")
+    wire.request("N op_1 0 - - - -", agent=":10")
     assert wire.request("T -", agent=":10") == "k - 0"
     assert wire.request("T -", agent=":25") == "k - 15"
     assert wire.request("T -", agent=":25") == "k - 0"
@@ -601,12 +658,12 @@ def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_replayed_value(c
     other = Wire(client)
     assert other.request("T -", agent=":5") == "k - 5", "each replica has its own"
     assert wire.sums("agent")["spent"] == 30
-    assert wire.send(wire.op("N op_2 1 - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
+    assert wire.send(wire.op("N op_2 1 - - - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
 
 
 def test_an_open_hold_is_restored_once_and_can_then_be_committed(client, wire):
     deadline_ms = wire.now_us() // 1000 + 60_000
-    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research -"
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research - -"
     parts = {"agent": ",150,200,", "jobs": ",1,,"}
     assert wire.request(head, **parts) == "g"
     assert wire.record("op_1").startswith(f"o c {deadline_ms} ")
@@ -621,7 +678,7 @@ def test_an_open_hold_is_restored_once_and_can_then_be_committed(client, wire):
 def test_restoring_an_open_hold_that_still_exists_can_only_raise_its_totals(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
-    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - - -"
     assert wire.request(head, agent=",100,,", jobs=",1,,") == "g", "prolonged"
     assert wire.request(head, agent="150,200,,", jobs=",1,,") == "g"
     assert wire.request(head, agent="150,200,250,", jobs=",1,,") == "g"
@@ -634,10 +691,11 @@ def test_restoring_an_open_hold_that_still_exists_can_only_raise_its_totals(wire
 
 def test_a_hold_restored_after_its_deadline_is_charged_as_unconfirmed(wire):
     deadline_ms = wire.now_us() // 1000 - 1
-    assert wire.request(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
+    assert wire.request(f"K open o c {deadline_ms} {wire.now_us()} 0 - - - -", agent=",150,,") == "g"
     assert wire.sums("agent") == figures(held=150)
     assert wire.request("X open", agent="") == "x"
-    assert wire.request(f"K expired x a {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,70,70", jobs=",1,,") == "g"
+    head = f"K expired x a {deadline_ms} {wire.now_us()} 0 - - - -"
+    assert wire.request(head, agent=",150,70,70", jobs=",1,,") == "g"
     assert wire.sums("agent") == figures(unconfirmed=220, events=2)
     assert wire.request("D expired", agent=":x80", jobs=":x0") == "k l 80,0"
     assert wire.sums("agent") == figures(unconfirmed=150, spent=80, events=3)
@@ -818,7 +876,7 @@ def test_the_fast_path_declines_a_reservation_after_a_data_loss_or_during_the_re
     commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
     match change:
         case "epoch":
-            client.hset(meta, "epoch", "3.0123456789abcdef0123456789abcdef")
+            client.hset(meta, "epoch", "4.0123456789abcdef0123456789abcdef")
         case "acknowledged":
             client.hset(meta, f"r:{usual.session.replica_id}", 0)
         case "repair":
@@ -859,13 +917,13 @@ def test_the_fast_path_counts_holds_if_max_holds_is_small_and_otherwise_reads_a_
     wire.request("X op_1", agent="")  # the full script counts them once a second
     assert reserve("op_3") == ["g"], "a denial does not update the flag"
     wait_until(lambda: client.time()[0] > second + 1)
-    wire.request("N op_4 0 - -", agent=":1")
+    wire.request("N op_4 0 - - - -", agent=":1")
     assert client.hget("ktrdr:{t}:meta", "many_holds") == "1"
     assert reserve("op_5") == ["s"]
     client.zrem("ktrdr:{t}:due", *filler)
     second = client.time()[0]
     wait_until(lambda: client.time()[0] > second)
-    wire.request("N op_6 0 - -", agent=":1")
+    wire.request("N op_6 0 - - - -", agent=":1")
     assert client.hget("ktrdr:{t}:meta", "many_holds") is None
     assert reserve("op_7") == ["g"]
 
@@ -902,7 +960,7 @@ def test_the_id_of_a_settled_hold_expires_after_id_memory_ms_unlike_in_upstash(c
         wire.reserve(hold_id, agent=150)
         assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
         assert wire.request(settle, agent=":x70").startswith("k ")
-    wire.request("N op_3 0 - -", agent=":20")
+    wire.request("N op_3 0 - - - -", agent=":20")
     wait_until(lambda: not list(client.scan_iter("*:h:*")))
     assert wire.sums("agent") == figures(spent=90, events=2)
 
@@ -918,7 +976,7 @@ def test_the_ledger_of_a_window_without_end_stays_bounded_and_adds_up_to_the_spe
             commits = [wire.commit(hold_id, counted={"all": 5000}, all=int(hold_id[3:])) for hold_id in ids]
             wire.send(*commits, fast=True)
         else:
-            wire.send(*(wire.op(f"N {hold_id} 0 - -", all=f":{hold_id[3:]}") for hold_id in ids))
+            wire.send(*(wire.op(f"N {hold_id} 0 - - - -", all=f":{hold_id[3:]}") for hold_id in ids))
     assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
     first, *others = wire.entries("all")
     assert len(others) < 500 and "carried" not in {entry.kind for entry in others}
@@ -929,9 +987,9 @@ def test_the_summary_of_trimmed_ledger_entries_is_exact_above_2_to_the_53_units(
     """Lua's sums of 2^53 and more are not exact, so HINCRBY adds them up."""
     wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
     for first in range(0, 400, 100):
-        wire.send(*(wire.op(f"N op_{n} 0 - -", all=f":{huge}") for n in range(first, first + 100)))
+        wire.send(*(wire.op(f"N op_{n} 0 - - - -", all=f":{huge}") for n in range(first, first + 100)))
     for first in range(1000, 2100, 100):
-        wire.send(*(wire.op(f"N op_{n} 0 - -", all=":1") for n in range(first, first + 100)))
+        wire.send(*(wire.op(f"N op_{n} 0 - - - -", all=":1") for n in range(first, first + 100)))
     assert sum(wire.ledger("all")) == 400 * huge + 1100
     assert client.hget(wire.session.current_window("all").key, "spent") == str(400 * huge + 1100)
     assert [entry.kind for entry in wire.entries("all")].count("carried") == 1
@@ -1001,12 +1059,12 @@ def test_every_operation_touches_only_declared_keys_unlike_in_runcycles(server, 
         ("E op_9 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
         ("E op_3 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
         ("X op_4", {"agent": "", "cycles": ""}),
-        ("N spent 0 - -", {"agent": ":20"}),
-        (f"K lost c {TIMES} - - -", {"agent": ",20,,20"}),
-        (f"S another K lost_too c {TIMES} - - -", {"agent": ",20,,20"}),
+        ("N spent 0 - - - -", {"agent": ":20"}),
+        (f"K lost c {TIMES} - - - -", {"agent": ",20,,20"}),
+        (f"S another K lost_too c {TIMES} - - - -", {"agent": ",20,,20"}),
         ("T -", {"agent": ":9000"}),
         ("Q - agent 6000000000 0 1700000000000000 usd,day,UTC,spend", {}),
-        (f"K gone o {TIMES} - - -", {"agent": ",20,,"}),
+        (f"K gone o {TIMES} - - - -", {"agent": ",20,,"}),
     ]
     for head, parts in calls:
         with server.client() as other:

@@ -11,6 +11,7 @@ import pytest
 
 from ktrdr_budget import Budget, InvalidAmount, InvalidArgument, UnknownBudget
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord, parse_record, segments_of
+from ktrdr_budget.engine.protocol.operations import Labels
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase, added, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.replica.state import ReplicaState
@@ -148,7 +149,7 @@ def test_a_record_of_the_store_updates_a_hold_but_an_older_record_does_not_shrin
 
 def test_the_record_of_a_hold_granted_offline_shows_the_growth_and_the_accruals_of_the_hold():
     offline = hold((AGENT, 15 * CENT), request="r1")
-    kept = offline.keep_offline("a", 8, "w1", "call", "t1")
+    kept = offline.keep_offline("a", 8, Labels("w1", "call", "t1"))
     assert (kept.state, kept.policy, kept.created_us, kept.request) == ("o", "a", 8, "r1")
     offline.parts = [(AGENT, 20 * CENT)]
     offline.accrue("0.01")
@@ -161,7 +162,7 @@ def test_the_record_of_a_hold_granted_offline_shows_the_growth_and_the_accruals_
 
 def test_the_commit_of_an_offline_hold_sends_a_record_with_the_amounts_before_and_after_growth():
     offline = hold((AGENT, 15 * CENT), (JOBS, 1))
-    offline.keep_offline("c", 8, "w1", "call", "t1")
+    offline.keep_offline("c", 8, Labels("w1", "call", "t1"))
     offline.parts = [(AGENT, 20 * CENT), (JOBS, 1)]
     op = offline.restored_commit([7 * CENT, 1], remark="estimated", trace_id="t2")
     restored = parse_record(op.text)

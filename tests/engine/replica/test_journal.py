@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ktrdr_budget import Budget
@@ -39,8 +41,8 @@ def release(hold_id: str, *windows: Window, mode: str = "0", known: str = "") ->
     return Release(hold_id, KEYS.hold(hold_id), windows, ReleaseMode(mode), known=known)
 
 
-def spend(hold_id: str, *parts: tuple[Window, int], operation: str = "", trace_id: str = "") -> RecordSpend:
-    return RecordSpend(hold_id, KEYS.hold(hold_id), parts, operation=operation, trace_id=trace_id)
+def spend(hold_id: str, *parts: tuple[Window, int], **labels: Any) -> RecordSpend:
+    return RecordSpend(hold_id, KEYS.hold(hold_id), parts, **labels)
 
 
 def settle(journal: Journal, op: SettlingOperation, line: str, now_ms: int = NOW_MS) -> None:
@@ -48,7 +50,7 @@ def settle(journal: Journal, op: SettlingOperation, line: str, now_ms: int = NOW
     journal.settled(op, op.parse(line), now_ms)
 
 
-def grant(journal: Journal, hold_id: str, now_ms: int, labels: str = "- - -") -> None:
+def grant(journal: Journal, hold_id: str, now_ms: int, labels: str = "- - - -") -> None:
     record = f"o c {NOW_MS + 900_000} {now_ms * 1000} 0 {labels}{AGENT.segment}5,,"
     journal.granted(hold_id, [AGENT], record, now_ms * 1000)
 
@@ -68,20 +70,25 @@ NAME = AGENT.name
 @pytest.mark.parametrize(
     ("op", "line", "again"),
     [
-        (commit("a", (AGENT, 5)), "k - 7", f"K a agent:\nc {AT} - - -|u,{NAME},,7,,7"),
+        (commit("a", (AGENT, 5)), "k - 7", f"K a agent:\nc {AT} - - - -|u,{NAME},,7,,7"),
         (
             commit("a", (AGENT, 7), remark="model", trace_id="t1"),
             "k o 7",
-            f"K a agent:\nc {AT} - model t1|u,{NAME},,7,,7",
+            f"K a agent:\nc {AT} - model t1 -|u,{NAME},,7,,7",
         ),
-        (commit("a", (AGENT, 7)), "k l 7", f"K a agent:\nc {AT} - - -|u,{NAME},,7,,7"),
+        (commit("a", (AGENT, 7)), "k l 7", f"K a agent:\nc {AT} - - - -|u,{NAME},,7,,7"),
         (
             commit("a", (AGENT, 7), (JOBS, 1)),
             "k - 7,0",
-            f"K a agent: jobs:\nc {AT} - - -|u,{NAME},,7,,7|s,{JOBS.name},,0,,0",
+            f"K a agent: jobs:\nc {AT} - - - -|u,{NAME},,7,,7|s,{JOBS.name},,0,,0",
         ),
-        (spend("a", (AGENT, 7), operation="research", trace_id="t1"), "k - 7", "N a 1 research t1 agent:7"),
-        (release("a", AGENT), "k - 0", f"K a agent:\nr {AT} - - -|u,{NAME},,0,,"),
+        (spend("a", (AGENT, 7), operation="research", trace_id="t1"), "k - 7", "N a 1 - research t1 - agent:7"),
+        (
+            spend("a", (AGENT, 7), scope="user=alice;usd", digest="abc"),
+            "k - 7",
+            "N a 1 -!abc. - - user=alice;usd agent:7",
+        ),
+        (release("a", AGENT), "k - 0", f"K a agent:\nr {AT} - - - -|u,{NAME},,0,,"),
     ],
 )
 def test_the_journal_replays_a_settlement_even_if_the_reservation_is_not_in_the_journal(op, line, again):
@@ -101,7 +108,7 @@ def test_a_replayed_settlement_counts_for_the_replica_that_settled_first():
     own, other = journal.settlements(KEYS, NOW_MS)
     assert (own.hold_id, type(own)) == ("own", Restore)
     assert isinstance(other, SettleOnBehalf)
-    assert text_of(other) == f"S you K other agent:\nc {AT} - - -|u,{NAME},,7,,7"
+    assert text_of(other) == f"S you K other agent:\nc {AT} - - - -|u,{NAME},,7,,7"
     assert totals(journal) == {"agent": 5}
 
 
@@ -135,8 +142,8 @@ def test_each_round_checks_the_next_few_open_holds_of_the_journal():
     rounds = [journal.holds_to_check(NOW_MS + 10_000, 2) for _ in range(5)]
     assert rounds == [["op_0", "op_1"], ["op_2", "op_3"], ["op_4"], [], ["op_0", "op_1"]]
     for number, state in enumerate("crzxo"):
-        journal.seen(f"op_{number}", f"{state} c 1 1 0 - - -|u,{NAME},,5,,", NOW_MS * 1000)
-    journal.seen("op_4", f"c c 1 1 0 - - -|u,{NAME},,5,,", NOW_MS * 1000 - 1)
+        journal.seen(f"op_{number}", f"{state} c 1 1 0 - - - -|u,{NAME},,5,,", NOW_MS * 1000)
+    journal.seen("op_4", f"c c 1 1 0 - - - -|u,{NAME},,5,,", NOW_MS * 1000 - 1)
     states = {hold_id: text[0] for hold_id, text in open_texts(journal).items()}
     assert states == {"op_2": "z", "op_3": "x", "op_4": "o", "new": "o"}
 
@@ -155,9 +162,9 @@ def test_a_settlement_evicted_from_the_journal_still_counts_in_the_subtotal_of_t
 def test_the_journal_keeps_a_hold_until_the_hold_is_settled_or_too_old():
     journal = Journal()
     for hold_id in ("a", "b"):
-        grant(journal, hold_id, NOW_MS, "me research t1")
+        grant(journal, hold_id, NOW_MS, "me research t1 team=quant")
     settle(journal, commit("a", (AGENT, 7)), "k - 7")
-    replay = f"K b agent:\no c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1|u,{NAME},,5,,"
+    replay = f"K b agent:\no c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1 team=quant|u,{NAME},,5,,"
     assert [text_of(op) for op in journal.holds(KEYS)] == [replay]
     journal.settlements(KEYS, NOW_MS + HOLD_AGE_MAX_MS)
     [hold] = journal.holds(KEYS)
@@ -178,7 +185,7 @@ def test_the_age_of_a_hold_in_the_journal_counts_from_the_last_reply_with_the_re
     assert len(journal.holds(KEYS)) == 1
 
 
-RECORD = f"o a 9 8 7 me ops t1|u,{NAME},5,6,3,|s,{JOBS.name},,1,,"
+RECORD = f"o a 9 8 7 me ops t1 -|u,{NAME},5,6,3,|s,{JOBS.name},,1,,"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_the_journal_replays_a_settlement_together_with_its_reservation(make, li
     settle(journal, make("" if granted_here else RECORD), line)
     state, operation, trace, spent, slots = settled.split(" ")
     [again] = journal.settlements(KEYS, NOW_MS)
-    head = f"{state} a 9 8 7 me {operation} {trace}"
+    head = f"{state} a 9 8 7 me {operation} {trace} -"
     assert again.text == f"{head}|u,{NAME},5,6,3,{spent}|s,{JOBS.name},,1,,{slots}"
 
 
@@ -235,8 +242,8 @@ def test_if_an_operator_released_a_hold_the_journal_keeps_the_hold_as_unsettled(
     settle(journal, release("b", AGENT, mode=mode), line)
     assert journal.settlements(KEYS, NOW_MS) == []
     assert open_texts(journal) == {
-        "a": f"z c {NOW_MS + 900_000} {NOW_MS}000 0 - - -|u,{NAME},,5,,",
-        "b": f"z {AT} - - -|u,{NAME},,0,,",
+        "a": f"z c {NOW_MS + 900_000} {NOW_MS}000 0 - - - -|u,{NAME},,5,,",
+        "b": f"z {AT} - - - -|u,{NAME},,0,,",
     }
     settle(journal, commit("a", (AGENT, 7)), "k l 7")
     assert [*open_texts(journal)] == ["b"]

@@ -29,6 +29,7 @@ __all__ = [
     "check_name",
     "check_on_expiry",
     "check_ttl_ms",
+    "check_unit",
     "identity_of",
     "split_name",
 ]
@@ -99,6 +100,17 @@ def check_budget_name(value: object) -> None:
         raise InvalidArgument(f"two placeholders must have a '/' between them, not as in {shown(value)}")
 
 
+def check_unit(value: object) -> str:
+    """Return the value if it is a valid unit.
+
+    Raises:
+        InvalidArgument: the value does not match ``[A-Za-z0-9._-]{1,32}``.
+    """
+    if isinstance(value, str) and _UNIT.fullmatch(value):
+        return value
+    raise InvalidArgument(f"unit must match [A-Za-z0-9._-]{{1,32}}, not {shown(value)}")
+
+
 def check_ttl_ms(ttl: object) -> int:
     """Convert a ttl (time to live) of 1 to 86400 seconds to milliseconds.
 
@@ -158,8 +170,7 @@ class Budget:
             raise InvalidArgument(f"kind must be 'spend' or 'slots', not {shown(self.kind)}")
         if self.kind == "slots":
             self._settle_slots()
-        if not isinstance(self.unit, str) or not _UNIT.fullmatch(self.unit):
-            raise InvalidArgument(f"unit must match [A-Za-z0-9._-]{{1,32}}, not {shown(self.unit)}")
+        check_unit(self.unit)
         if self.period not in PERIODS:
             raise InvalidArgument(f"period must be one of {', '.join(PERIODS)}, not {shown(self.period)}")
         timezone_of(self.timezone)

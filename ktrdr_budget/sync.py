@@ -64,19 +64,23 @@ class Hold(HoldBase):
         """
         self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
-    def grow(self, amount: Amounts) -> None:
+    def grow(self, amount: Amounts | None = None, **counts: AmountIn) -> None:
         """Add an amount to the reservation, in all budgets or in none.
 
         If others add at the same time, all amounts are added. After an ambiguous ``StoreUnavailable``, a call with the
         same amount is a retry: the amount is added only once.
 
+        Args:
+            amount: as for :meth:`accrue`.
+            counts: as for :meth:`accrue`.
+
         Raises:
             BudgetExceeded: a budget has no room; nothing changed.
             HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
         """
-        self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
+        self._runner.run(extensions.grow(self.engine.context, self, amount, counts), "grow")
 
-    def commit(self, amount: Amounts | None = None) -> Settlement:
+    def commit(self, amount: Amounts | None = None, **counts: AmountIn) -> Settlement:
         """Record the actual cost.
 
         A commit is never refused because the budget has no room, the commit is late, or the cost exceeds the
@@ -87,11 +91,16 @@ class Hold(HoldBase):
                 One amount applies to every ``usd`` budget; each budget that counts commits its reservation.
                 A budget that a mapping omits commits 0.
 
+                The amounts of a hold that was reserved by scope go by unit: one amount is in ``usd``, and a mapping is
+                of units to amounts. In a unit without an amount, what was accrued is committed, else what was reserved.
+                An amount in a unit that the hold does not have is ignored.
+            counts: more amounts by unit, if the hold was reserved by scope: ``commit("0.07", tokens=1800)``.
+
         Raises:
             HoldConflict: the hold was settled differently before, or metered calls of the hold are in progress.
             StoreUnavailable: the store did not reply within the deadline. A retry is safe.
         """
-        return self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
+        return self._runner.run(settle.commit(self.engine.context, self, amount, counts), "commit")
 
     def release(self) -> Settlement:
         """Return the whole reserved amount to the budgets. The errors are those of :meth:`commit`."""

@@ -156,7 +156,7 @@ def _cost_to_commit(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase)
         amounts = cost(result)
         check_amounts(amounts)
     except BaseException:
-        hold.accrue_to(hold.amounts)
+        hold.accrue_units_to(hold.reserved_units)
         raise
     if hold.busy:
         hold.accrue_to(amounts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ktrdr_budget.engine.calls.context import RETIRE_ROUNDS_MAX, CallContext, Flow
 from ktrdr_budget.engine.calls.refusals import refusal
-from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
+from ktrdr_budget.engine.protocol.amounts import NO_COUNTS, Amounts, check_amounts, spread
 from ktrdr_budget.engine.protocol.codes import ExtendMode
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord
 from ktrdr_budget.engine.protocol.operations import Extend, ExtendAmount
@@ -40,15 +40,16 @@ def extend(context: CallContext, hold: HoldBase, ttl: float | None) -> Flow[None
 
 def grow_to(context: CallContext, hold: HoldBase, totals: Amounts) -> Flow[None]:
     """Enlarge the reservation to at least these totals, in all budgets or in none."""
-    check_amounts(totals)
-    given = spread(totals, hold.flags)
+    given = hold.spread(totals)
     parts = [(window, max(units, given.get(window.budget, 0))) for window, units in hold.parts]
     amounts = [ExtendAmount(reserved=units) for _, units in parts]
     flow = _send(context, _extension(context, hold, amounts, hold.ttl_ms, ExtendMode.GROW))
     return _extended(context, hold, flow, lambda: parts)
 
 
-def grow(context: CallContext, hold: HoldBase, amount: Amounts) -> Flow[None]:
+def grow(
+    context: CallContext, hold: HoldBase, amount: Amounts | None, counts: Mapping[str, AmountIn] = NO_COUNTS
+) -> Flow[None]:
     """Enlarge the reservation, in all budgets or in none.
 
     The increase is added exactly once, although several callers and processes may grow the hold at the same time. The
@@ -57,8 +58,7 @@ def grow(context: CallContext, hold: HoldBase, amount: Amounts) -> Flow[None]:
     current totals. One case is ambiguous: if a reply was lost and another process has grown the hold to the same
     totals, this attempt is taken as done.
     """
-    check_amounts(amount)
-    more = spread(amount, hold.flags)
+    more = hold.spread(amount, counts)
 
     def grown() -> list[tuple[Window, int]]:
         sums = added(hold.reserved_units, more, hold.unit_of)
@@ -182,7 +182,7 @@ def extend_by_id(context: CallContext, hold_id: str, ttl: float | None, accrued:
         return hold.offline_view().view(hold_id)
 
     def extension(record: HoldRecord, mode: ExtendMode) -> Extend:
-        given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
+        given = {} if accrued is None else spread(accrued, {s.budget: s.flag for s in record.segments}, record.units)
         amounts = [ExtendAmount(given.get(segment.budget, 0)) for segment in record.segments]
         key = context.state.keys.hold(hold_id)
         return Extend(hold_id, key, context.windows_of(record), amounts, ttl_ms, mode)
@@ -208,7 +208,7 @@ def grow_by_id(context: CallContext, hold_id: str, amounts: Mapping[str, AmountI
         yield from grow_to(context, hold, amounts)
         return hold.offline_view().view(hold_id)
     record = yield from context.read_hold(hold_id)
-    given = spread(amounts, {s.budget: s.flag for s in record.segments})
+    given = spread(amounts, {s.budget: s.flag for s in record.segments}, record.units)
     totals = [ExtendAmount(reserved=given.get(segment.budget, 0)) for segment in record.segments]
     key = context.state.keys.hold(hold_id)
     op = Extend(hold_id, key, context.windows_of(record), totals, ttl_ms, ExtendMode.GROW)

@@ -12,7 +12,7 @@ from ktrdr_budget.engine.calls.extend import report
 from ktrdr_budget.engine.calls.refusals import error_for
 from ktrdr_budget.engine.calls.results import amounts_of
 from ktrdr_budget.engine.protocol import codes
-from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, commit_amounts
+from ktrdr_budget.engine.protocol.amounts import NO_COUNTS, Amounts, check_amounts, commit_amounts, with_counts
 from ktrdr_budget.engine.protocol.codes import CommitMode, ReleaseMode
 from ktrdr_budget.engine.protocol.digest import request_digest
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord
@@ -34,16 +34,20 @@ _UNKNOWN = "unknown hold: settled more than 24 h ago, or never granted"
 # -- a hold in hand ----------------------------------------------------------------------------------------------------
 
 
-def commit(context: CallContext, hold: HoldBase, amount: Amounts | None) -> Flow[Settlement]:
-    """Commit ``amount``; if it is ``None``, commit the accrued amount."""
-    if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)):  # the usual case
+def commit(
+    context: CallContext, hold: HoldBase, amount: Amounts | None, counts: Mapping[str, AmountIn] = NO_COUNTS
+) -> Flow[Settlement]:
+    """Commit ``amount`` and ``counts``; if there are none, commit the accrued amount."""
+    if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)) and not counts:  # the usual case
         window, _ = hold.parts[0]
-        if window.flag != codes.SLOTS:
+        if window.flag == codes.DOLLARS or (window.flag == codes.COUNT and not hold.scope_units):
             return _settle(context, hold, [CommitAmount(CommitMode.EXACT, to_units(amount, window.unit))])
+    units = hold.scope_units
+    amount = with_counts(amount, counts, units)
     check_amounts(amount)
     figures = zip(hold.parts, hold.accrued_units, strict=True)
-    segments = {window.budget: (window.flag, units, accrued) for (window, units), accrued in figures}
-    return _settle(context, hold, commit_amounts(segments, amount))
+    segments = {window.budget: (window.flag, reserved, accrued) for (window, reserved), accrued in figures}
+    return _settle(context, hold, commit_amounts(segments, amount, units))
 
 
 def commit_units(context: CallContext, hold: HoldBase, units: int) -> Flow[Settlement]:
@@ -216,7 +220,7 @@ def settle_by_id(
             mode = ReleaseMode.BY_OPERATOR if by_operator else ReleaseMode.BY_ID
             return Release(hold_id, key, windows, mode, known=known)
         segments = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
-        return Commit(hold_id, key, windows, commit_amounts(segments, amount), known=known)
+        return Commit(hold_id, key, windows, commit_amounts(segments, amount, record.units), known=known)
 
     contents = "operator" if by_operator else "release" if released else repr(amount)
     fact = PreparedFact(hold_id, context.state.keys.hold(hold_id), contents, settlement_of)

@@ -11,13 +11,13 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from ktrdr_budget.engine.protocol import codes
-from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
+from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread, with_counts
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, parse_scope, scope_fields, segments_of
 from ktrdr_budget.engine.protocol.operations import CommitAmount, Labels, Restore, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
 from ktrdr_budget.models import HoldState, Settlement
-from ktrdr_budget.money import MAX_UNITS, Amount, amount_bound, from_units
+from ktrdr_budget.money import MAX_UNITS, Amount, AmountIn, amount_bound, from_units
 from ktrdr_budget.periods import from_ms
 
 __all__ = [
@@ -229,6 +229,9 @@ class HoldBase:
 
         If this replica does not have the budget, the result is ``usd``, or ``count`` for every other unit.
         """
+        for (window, _), unit in zip(self.parts, self.scope_units, strict=False):
+            if window.budget == name:
+                return unit
         budget = self.engine.state.budgets.get(name)
         return budget.unit if budget else next(window.unit for window, _ in self.parts if window.budget == name)
 
@@ -238,18 +241,22 @@ class HoldBase:
 
     # -- what was used -------------------------------------------------------------------------------------------------
 
-    def accrue(self, amount: Amounts) -> None:
+    def accrue(self, amount: Amounts | None = None, **counts: AmountIn) -> None:
         """Add to the accrued amount in this process.
 
         The next heartbeat reports the total to the store, and ``commit()`` without amounts commits the total. A scalar
         applies to every ``usd`` budget of the hold.
 
+        Args:
+            amount: an amount, or a mapping of budgets to amounts; of units, if the hold was reserved by scope.
+            counts: more amounts by unit, if the hold was reserved by scope.
+
         Raises:
             InvalidAmount: not a non-negative amount, or the sum would reach 2**53 units.
             UnknownBudget: a mapping names a budget that the hold does not have.
+            InvalidArgument: amounts by unit are given for a hold that was not reserved by scope.
         """
-        check_amounts(amount)
-        more = spread(amount, self.flags)
+        more = self.spread(amount, counts)
         with self.lock:
             self._accrued |= added(self._accrued, more, self.unit_of)
 
@@ -265,10 +272,22 @@ class HoldBase:
 
     def accrue_to(self, totals: Amounts | None) -> None:
         """Raise the accrued amounts to these totals; the errors are those of :meth:`accrue`."""
-        units_by_name = {} if totals is None else spread(totals, self.flags)
+        self.accrue_units_to({} if totals is None else self.spread(totals))
+
+    def accrue_units_to(self, totals: Mapping[str, int]) -> None:
+        """Raise the accrued whole units to these totals, per budget."""
         with self.lock:
-            for name, units in units_by_name.items():
+            for name, units in totals.items():
                 self._accrued[name] = max(self._accrued.get(name, 0), units)
+
+    def spread(self, amount: Amounts | None, counts: Mapping[str, AmountIn] = _NOTHING) -> dict[str, int]:
+        """Convert amounts to whole units per budget; the arguments and errors are those of :meth:`accrue`."""
+        units = self.scope_units
+        given = with_counts(amount, counts, units)
+        if given is None:
+            raise InvalidAmount(f"no amount given for hold {self.id!r}")
+        check_amounts(given)
+        return spread(given, self.flags, units)
 
     def note(self, remark: str, *, first: bool = False) -> None:
         """Add a remark to the ledger entry of the hold's commit, unless the same remark was added before.

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import InvalidAmount, InvalidArgument, UnknownBudget
-from ktrdr_budget.engine.protocol.amounts import check_amounts, commit_amounts, spread
+from ktrdr_budget.engine.protocol.amounts import check_amounts, commit_amounts, spread, with_counts
 from ktrdr_budget.engine.protocol.codes import CommitMode
 from ktrdr_budget.engine.protocol.operations import CommitAmount
 
@@ -108,3 +108,72 @@ def test_a_count_budget_commits_its_reserved_amount_if_only_other_budgets_have_a
 
 def test_a_commit_without_an_amount_commits_nothing_if_nothing_was_accrued():
     assert committed(None, tokens=("n", 100, 0)) == {"tokens": CommitAmount(ACCRUED, 0)}
+
+
+# -- a hold that was reserved by scope: amounts by unit ----------------------------------------------------------------
+
+SCOPED = {"user": "u", "team": "u", "tokens:user": "n", "jobs": "s"}
+UNITS = ("usd", "usd", "tokens", "slots")
+
+
+def test_each_budget_of_a_scoped_hold_gets_the_amount_of_its_unit():
+    assert spread("0.01", SCOPED, UNITS) == {"user": CENT, "team": CENT}
+    assert spread({"usd": "0.01", "tokens": 3}, SCOPED, UNITS) == {"user": CENT, "team": CENT, "tokens:user": 3}
+    with pytest.raises(InvalidAmount, match="not an amount of tokens; use a non-negative whole number"):
+        spread({"tokens": "0.5"}, SCOPED, UNITS)
+
+
+def test_a_scalar_amount_for_a_scoped_hold_is_in_dollars_even_if_the_hold_has_only_counts():
+    assert spread("0.01", {"tokens:user": "n"}, ("tokens",)) == {}
+
+
+def test_an_amount_in_a_unit_that_a_scoped_hold_lacks_is_checked_and_ignored():
+    assert spread({"usd": "0.01", "requests": 1}, SCOPED, UNITS) == {"user": CENT, "team": CENT}
+    with pytest.raises(InvalidAmount):
+        spread({"requests": -1}, SCOPED, UNITS)
+
+
+@pytest.mark.parametrize("name", ["tokens:user", "team", "user:bob", "", 5])
+def test_a_mapping_for_a_scoped_hold_with_a_name_of_a_budget_is_refused(name):
+    with pytest.raises(InvalidArgument, match="its amounts go by unit \\(usd, tokens, slots\\)|unit must match"):
+        spread({"usd": "0.01", name: 1}, SCOPED, UNITS)
+
+
+def test_keywords_are_added_to_a_scalar_or_a_mapping_by_unit():
+    assert with_counts("0.01", {"tokens": 3}, UNITS) == {"usd": "0.01", "tokens": 3}
+    assert with_counts({"usd": "0.01"}, {"tokens": 3}, UNITS) == {"usd": "0.01", "tokens": 3}
+    assert with_counts(None, {"tokens": 3}, UNITS) == {"tokens": 3}
+    assert with_counts(None, {}, UNITS) is None
+    assert with_counts("0.01", {}, ()) == "0.01"
+
+
+@pytest.mark.parametrize(
+    ("amount", "counts", "units"),
+    [("0.01", {"usd": 1}, UNITS), ({"tokens": 3}, {"tokens": 3}, UNITS), ("0.01", {"tokens": 3}, ())],
+)
+def test_keywords_are_refused_if_a_unit_is_given_twice_or_the_hold_was_not_reserved_by_scope(amount, counts, units):
+    with pytest.raises(InvalidArgument, match="is given twice|reserved by scope"):
+        with_counts(amount, counts, units)
+
+
+@pytest.mark.parametrize(
+    ("amount", "accrued", "modes"),
+    [
+        (None, {}, [RESERVED, RESERVED, RESERVED, RESERVED]),
+        (None, {"tokens:user": 40}, [RESERVED, RESERVED, ACCRUED, RESERVED]),
+        ("0.01", {}, [EXACT, EXACT, RESERVED, RESERVED]),
+        ("0.01", {"user": CENT, "tokens:user": 40}, [EXACT, EXACT, ACCRUED, RESERVED]),
+        ({"tokens": 9}, {"user": CENT}, [ACCRUED, ACCRUED, EXACT, RESERVED]),
+        ({"requests": 1}, {}, [RESERVED, RESERVED, RESERVED, RESERVED]),
+    ],
+)
+def test_a_scoped_hold_commits_in_each_unit_the_given_else_the_accrued_else_the_reserved_amount(amount, accrued, modes):
+    reserved = {"user": 5 * CENT, "team": 5 * CENT, "tokens:user": 100, "jobs": 1}
+    segments = {name: (flag, reserved[name], accrued.get(name, 0)) for name, flag in SCOPED.items()}
+    amounts = commit_amounts(segments, amount, UNITS)
+    given = {"usd": CENT, "tokens": 9}
+    most = {"usd": accrued.get("user", 0), "tokens": accrued.get("tokens:user", 0)}
+    assert amounts == [
+        CommitAmount(mode, {EXACT: given.get(unit), ACCRUED: most.get(unit), RESERVED: reserved[name]}[mode])
+        for mode, unit, name in zip(modes, UNITS, SCOPED, strict=True)
+    ]

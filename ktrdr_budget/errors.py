@@ -9,6 +9,8 @@
     ├── TooManyHolds              the tenant has the maximum number of open and unconfirmed holds
     ├── TooManyBudgets            the tenant has the maximum number of budgets
     ├── UnknownBudget             the limiter has no budget of this name
+    ├── KeyConflict               another access key has the name, or the tenant has the maximum number of keys
+    ├── UnknownKey                no access key has this name
     ├── UnknownPrice              the model has no price; nothing was sent
     ├── StoreUnavailable          the store did not reply within the timeout
     │   └── StoreError            the store replied with an error (out of memory, read-only, no permission, …)
@@ -41,12 +43,14 @@ __all__ = [
     "InvalidAmount",
     "InvalidArgument",
     "InvalidScope",
+    "KeyConflict",
     "StoreError",
     "StoreUnavailable",
     "TooManyBudgets",
     "TooManyHolds",
     "UnknownBudget",
     "UnknownHold",
+    "UnknownKey",
     "UnknownPrice",
     "UnmeteredCall",
     "shown",
@@ -197,6 +201,14 @@ def unknown_budget(name: object, known: Collection[str], where: str = "this limi
     close = get_close_matches(text, names[first : first + _NAMES_COMPARED], n=_NAMES_SHOWN)
     hint = f", the closest: {', '.join(close)}" if close else ""
     return UnknownBudget(f"unknown budget {shown(name)}; {where} has {len(known):,}{hint}")
+
+
+class KeyConflict(BudgetError):
+    """Another access key has this name, or the tenant has the maximum number of keys; nothing was written."""
+
+
+class UnknownKey(BudgetError, LookupError):
+    """No access key has this name."""
 
 
 class UnknownPrice(BudgetError, LookupError):

@@ -16,6 +16,7 @@ from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, not_
 from ktrdr_budget.periods import PERIODS, timezone_of
 
 __all__ = [
+    "AccessKey",
     "Budget",
     "Change",
     "Denial",
@@ -23,6 +24,7 @@ __all__ = [
     "LedgerEntry",
     "Migration",
     "Page",
+    "Rights",
     "Settlement",
     "Status",
     "Statuses",
@@ -50,6 +52,10 @@ OnExpiry = Literal["charge", "accrued", "release"]
 """What an expired hold is charged: the whole reservation, the accrued amount, or nothing."""
 HoldState = Literal["open", "unconfirmed", "committed", "released", "recorded"]
 """The state of a hold. ``unconfirmed``: it expired before a settlement. ``recorded``: spend without a reservation."""
+
+
+Rights = Literal["read", "use", "admin"]
+"""What an access key permits: to read; also to reserve, settle and record; everything."""
 
 
 def check_name(value: object, what: str) -> str:
@@ -445,6 +451,21 @@ class Change:
     after: str
     """What is in force now; empty if nothing is."""
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AccessKey:
+    """An access key of the service, without its secret."""
+
+    name: str
+    scope: Mapping[str, str]
+    """The scope of each request with the key; empty if it is not limited to one."""
+    may_set: tuple[str, ...]
+    """The further fields of a scope that a request with the key may set."""
+    rights: Rights
+    created_at: datetime
+    expires_at: datetime | None
+    """When the store removes the key; ``None`` if it stays until it is revoked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ PARTS = (
     "lease",
     "limiter",
 )
-PARTS += ("sync", "tracker", "audit", "testing", "telemetry", "metering", "agent", "api", "cli")
+PARTS += ("sync", "tracker", "access_keys", "audit", "testing", "telemetry", "metering", "agent", "api", "cli")
 CORE = PARTS[: PARTS.index("audit") + 1]
 
 

@@ -24,6 +24,7 @@ from ktrdr_budget import (
     UnknownBudget,
     UnknownHold,
 )
+from ktrdr_budget.access_keys import AccessKeys
 from ktrdr_budget.agent.cycle_store import CycleStore
 from ktrdr_budget.engine.protocol.scripts import CORRECT, PARTS, REINDEX, script
 from ktrdr_budget.testing import AsyncMemoryLimiter, MemoryLimiter, memory_server
@@ -203,6 +204,9 @@ async def test_every_script_of_a_limiter_runs_in_memory():
             await limiter.ledger("agent")
             await limiter.set_limit("agent", "6.00")
             assert [change.after for change in await limiter.changes()] == ["$6.00"]
+            keys = AccessKeys(limiter)
+            assert (await keys.create("ci")).key == (await keys.list())[0]
+            await keys.revoke("ci")
             async with AsyncMemoryLimiter([Budget("jobs", "1.00")], server=server) as another:
                 await another.migrate("jobs")
             async with AsyncMemoryLimiter(BUDGETS, server=server, timeout=0.2, on_store_error="allow") as another:

@@ -18,7 +18,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable, UnknownKey
+from ktrdr_budget.access_keys import AccessKeys
 from ktrdr_budget.agent.cycle_store import CycleStore, Progress
 from ktrdr_budget.audit import Auditor
 from ktrdr_budget.errors import StoreError
@@ -107,6 +108,8 @@ async def everything(url: str) -> None:
         assert len(await limiter.ledger("agent")) == 3
         await limiter.set_limit("agent", "6.00", until="window")
         assert (await limiter.clear_limit("agent")).limit == 5
+        assert len(await limiter.changes()) == 2
+        await access(AccessKeys(limiter))
         await limiter.reserve("tokens", 5, ttl=1)
         await research(CycleStore(limiter))
         while not (await limiter.status("tokens")).unconfirmed:
@@ -114,6 +117,15 @@ async def everything(url: str) -> None:
     with Auditor(url) as auditor:
         assert all(report.adds_up for report in await asyncio.to_thread(auditor.check))
         assert (await asyncio.to_thread(auditor.repair)).changes == []
+
+
+async def access(keys: AccessKeys) -> None:
+    made = await keys.create("ci", expires="90d")
+    assert await keys.find(made.secret) == made.key
+    assert [key.name for key in await keys.list()] == ["ci"]
+    await keys.revoke("ci")
+    with pytest.raises(UnknownKey):
+        await keys.revoke("ci")
 
 
 async def research(cycle_store: CycleStore) -> None:

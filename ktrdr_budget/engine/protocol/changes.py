@@ -22,6 +22,8 @@ def parse_change(text: str) -> Change:
     by, before, after, reason = map(unword, words)
     if kind == "limit":
         before, after = _limit_text(before), _limit_text(after)
+    elif kind == "key":
+        before, after = _key_text(before), _key_text(after)
     at = from_ms(int(time_us) // 1000)
     return Change(int(number), at, cast(Any, kind), name, by, before, after, reason)
 
@@ -33,6 +35,18 @@ def _limit_text(stored: str) -> str:
     units, until_ms, unit = stored.split(",")
     limit = format_amount(None if units == "-" else from_units(int(units), unit), unit)
     return limit if until_ms == "0" else f"{limit} until {_instant_text(int(until_ms))}"
+
+
+def _key_text(stored: str) -> str:
+    """Format a key, ``rights;expires_ms;scope;may_set`` as ``lua/create_key.lua`` writes it; an empty text is none."""
+    if not stored:
+        return ""
+    rights, expires_ms, scope, may_set = stored.split(";")
+    words = [rights]
+    words += [f"scope {scope}"] if scope != "-" else []
+    words += [f"may set {may_set}"] if may_set != "-" else []
+    words += [f"until {_instant_text(int(expires_ms))}"] if expires_ms != "0" else []
+    return "; ".join(words)
 
 
 def _instant_text(instant_ms: int) -> str:

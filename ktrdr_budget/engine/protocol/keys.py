@@ -47,6 +47,8 @@ class Keys:
     """The keys of one tenant."""
 
     __slots__ = (
+        "access_ends",
+        "access_names",
         "budgets",
         "changes",
         "cycles",
@@ -75,6 +77,7 @@ class Keys:
         self.of_writes = self.meta, self.limits, self.due, self.unconfirmed, *listed
         """The first keys of each write script. The keys of windows and holds follow."""
         self.changes = self.prefix + "changes"
+        self.access_names, self.access_ends = self.prefix + "keys", self.prefix + "keys:ends"
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
         self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))
@@ -82,6 +85,10 @@ class Keys:
     def hold(self, hold_id: str) -> str:
         """The key of the record of a hold, or of a recorded spend."""
         return self.hold_prefix + hold_id
+
+    def access_key(self, digest: str) -> str:
+        """The key of the record of an access key. ``digest`` is the SHA-256 digest of its secret."""
+        return f"{self.prefix}key:{digest}"
 
     def window(self, budget: str, window: str) -> str:
         """The key of a window's sums. ``window`` is the store's name of the window."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 __all__ = [
     "CORRECT",
+    "CREATE_KEY",
     "CYCLES",
     "FAST_PATH",
     "MIGRATE",
@@ -21,6 +22,7 @@ __all__ = [
     "READINESS",
     "REINDEX",
     "REPAIR",
+    "REVOKE_KEY",
     "SET_LIMIT",
     "STATUS",
     "WRITE",
@@ -34,6 +36,7 @@ __all__ = [
 FAST_PATH, WRITE, REPAIR = "fast_path", "write", "repair"
 STATUS, READ, READ_LEDGER, READ_CHANGES, READINESS = "status", "read", "read_ledger", "read_changes", "readiness"
 SET_LIMIT, MIGRATE, CORRECT, REINDEX, CYCLES = "set_limit", "migrate", "correct", "reindex", "cycles"
+CREATE_KEY, REVOKE_KEY = "create_key", "revoke_key"
 
 _BEGIN = ("common", "schema", "prelude")
 _SETTLE = ("hold_records", "commit", "release")
@@ -53,6 +56,8 @@ PARTS = {
     READ_CHANGES: ("schema", "read_head", "read_changes"),
     READINESS: ("readiness",),
     SET_LIMIT: ("log_change", "set_limit"),
+    CREATE_KEY: ("log_change", "create_key"),
+    REVOKE_KEY: ("log_change", "revoke_key"),
     MIGRATE: ("schema", "migrate"),
     CORRECT: ("correct",),
     REINDEX: ("reindex",),

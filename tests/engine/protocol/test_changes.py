@@ -38,9 +38,15 @@ def outline(change: Change) -> tuple[str, str, str]:
         ("limit agent - - 5000000000,0,usd -", "", "$5.00"),
         ("limit agent - 5000000000,1764633600000,usd -,0,usd -", "$5.00 until 2025-12-02T00:00:00Z", "unlimited"),
         ("limit agent - 1000000,1764633600001,tokens - -", "1000000 tokens until 2025-12-02T00:00:00.001Z", ""),
-        ("key ci - - scope%20team=quant -", "", "scope team=quant"),
+        ("key ci - - use;0;-;- -", "", "use"),
+        (
+            "key ci - read;1764633600000;team=quant;model,user - -",
+            "read; scope team=quant; may set model,user; until 2025-12-02T00:00:00Z",
+            "",
+        ),
+        ("definition agent - - a%20text -", "", "a text"),
     ],
-    ids=["a first limit", "an uncapped limit", "a cleared limit", "another kind"],
+    ids=["a first limit", "an uncapped limit", "a cleared limit", "a new key", "a revoked key", "another kind"],
 )
 def test_an_entry_of_the_log_is_parsed_into_readable_texts(words, before, after):
     change = parse_change(f"7 1764590400123456 {words}")

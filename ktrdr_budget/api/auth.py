@@ -1,4 +1,7 @@
-"""Authentication by bearer keys: *use* keys and *admin* keys.
+"""Authentication by bearer keys: those of the environment, and access keys, which the store has.
+
+An access key is read from the store with every request, so that the next request obeys its revocation. Its rights are
+``read``, ``use`` or ``admin``. The keys of the environment are *use* keys and *admin* keys:
 
 ==================  =============================================================================================
 keys that are set   access
@@ -18,6 +21,7 @@ import ipaddress
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -25,18 +29,40 @@ from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
+from ktrdr_budget.access_keys import AccessKeys, is_secret
 from ktrdr_budget.api.problems import HTTPProblem
 from ktrdr_budget.environment import check_names
+from ktrdr_budget.models import AccessKey, Rights
 
-__all__ = ["BearerKey", "Caller", "Keys", "is_loopback"]
+__all__ = ["BearerKey", "Caller", "Keys", "is_loopback", "permit"]
+
+_READING = ("GET", "HEAD")
+_PERMITTED: Mapping[Rights, tuple[Rights, ...]] = {
+    "read": ("read",),
+    "use": ("read", "use"),
+    "admin": ("read", "use", "admin"),
+}
+"""The rights that each right includes."""
+_NO_SCOPE: Mapping[str, str] = MappingProxyType({})
 
 
 class Caller(NamedTuple):
     """The authenticated sender of a request."""
 
     owner: str
-    """The caller's name. The record of a hold has the name of the caller that reserved the hold."""
-    admin: bool
+    """The owner of the caller's holds. The record of a hold has the owner that reserved the hold."""
+    name: str
+    """The name of the caller's key, for the log of changes."""
+    rights: Rights
+    scope: Mapping[str, str] = _NO_SCOPE
+    """The scope of all requests of the caller; empty if it is not limited to one."""
+    may_set: tuple[str, ...] = ()
+    """The further fields of a scope that the caller may set."""
+
+    @property
+    def admin(self) -> bool:
+        """Whether the caller may do everything."""
+        return self.rights == "admin"
 
 
 class Keys:
@@ -49,8 +75,8 @@ class Keys:
     """
 
     def __init__(self, use: Iterable[str] = (), admin: Iterable[str] = (), *, open_to_all: bool = False) -> None:
-        self._callers = [(key.encode(), Caller(_owner(key), False)) for key in use]
-        self._callers += [(key.encode(), Caller(_owner(key), True)) for key in admin]
+        self._callers = [(key.encode(), Caller(_owner(key), _owner(key), "use")) for key in use]
+        self._callers += [(key.encode(), Caller(_owner(key), _owner(key), "admin")) for key in admin]
         self._open_to_all = open_to_all
 
     @classmethod
@@ -70,13 +96,31 @@ class Keys:
         """Whether requests need a key."""
         return bool(self._callers)
 
-    def authenticate(self, connection: HTTPConnection) -> Caller:
+    async def authenticate(self, connection: HTTPConnection, access_keys: AccessKeys) -> Caller:
         """Identify the caller of a request.
+
+        Args:
+            access_keys: the keys in the store. They are read if the request has a key of their form.
 
         Raises:
             HTTPProblem: 401 if the key is missing or unknown; 403 if there are no keys and the caller is on another
                 machine.
+            StoreUnavailable: the store did not reply, so the key cannot be checked.
         """
+        scheme, _, sent = connection.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        key = sent.strip() if scheme.lower() == b"bearer" else b""
+        found = None
+        for known, caller in self._callers:  # compare with all keys, so that the time does not show which key matches
+            if hmac.compare_digest(known, key):
+                found = caller
+        if found is not None:
+            return found
+        secret = key.decode("latin-1")
+        if is_secret(secret):
+            access_key = await access_keys.find(secret)
+            if access_key is None:
+                raise _unauthorized("the key is not known, was revoked, or has expired")
+            return _caller_with(access_key)
         if not self._callers:
             if self._open_to_all or _is_local(connection.scope.get("client")):
                 return _ANONYMOUS
@@ -85,27 +129,27 @@ class Keys:
                 "keys-required",
                 "this service has no keys, so it serves its own machine only; set KTRDR_API_KEY and KTRDR_ADMIN_KEY",
             )
-        scheme, _, key = connection.headers.get("authorization", "").encode("latin-1").partition(b" ")
-        key = key.strip() if scheme.lower() == b"bearer" else b""
-        found = None
-        for known, caller in self._callers:  # compare with all keys, so that the time does not show which key matches
-            if hmac.compare_digest(known, key):
-                found = caller
-        if found is None:
-            detail = "the key is not known" if key else "a key is needed: Authorization: Bearer <key>"
-            raise HTTPProblem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
-        return found
+        raise _unauthorized("the key is not known" if key else "a key is needed: Authorization: Bearer <key>")
 
-    def authenticate_admin(self, connection: HTTPConnection) -> Caller:
-        """Identify the caller of an admin operation.
 
-        Raises:
-            HTTPProblem: as for :meth:`authenticate`; 403 if the caller has no admin key.
-        """
-        caller = self.authenticate(connection)
-        if not caller.admin:
-            raise HTTPProblem(403, "forbidden", "this operation needs the admin key")
+def permit(caller: Caller, method: str, *, admin: bool = False) -> Caller:
+    """Return the caller if it may send a request.
+
+    Args:
+        method: the request's HTTP method: requests that read need less.
+        admin: whether the operation is an admin operation, also if it reads.
+
+    Raises:
+        HTTPProblem: 403 if the rights of the caller's key do not permit the request, or if the key has a scope.
+    """
+    if caller.scope:  # until the routes keep to the scope of a key, such a key sees and settles nothing
+        raise HTTPProblem(403, "forbidden", "the key has a scope, and this service does not serve such keys yet")
+    needed: Rights = "admin" if admin else "read" if method in _READING else "use"
+    if needed in _PERMITTED[caller.rights]:
         return caller
+    if admin:
+        raise HTTPProblem(403, "forbidden", "this operation needs the admin key")
+    raise HTTPProblem(403, "forbidden", f"this operation needs a key with the right to {needed}")
 
 
 class BearerKey(SecurityBase):
@@ -113,7 +157,7 @@ class BearerKey(SecurityBase):
 
     def __init__(self, scheme_name: str, setting: str, authenticate: Callable[[Request], Awaitable[Caller]]) -> None:
         self.scheme_name = scheme_name
-        self.model = HTTPBearer(description=f"A key of {setting}.")
+        self.model = HTTPBearer(description=f"A key of {setting}, or an access key.")
         self._authenticate = authenticate
 
     async def __call__(self, request: Request) -> Caller:
@@ -121,7 +165,15 @@ class BearerKey(SecurityBase):
         return await self._authenticate(request)
 
 
-_ANONYMOUS = Caller("http", True)
+_ANONYMOUS = Caller("http", "http", "admin")
+
+
+def _caller_with(key: AccessKey) -> Caller:
+    return Caller(f"key:{key.name}", key.name, key.rights, key.scope, key.may_set)
+
+
+def _unauthorized(detail: str) -> HTTPProblem:
+    return HTTPProblem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _owner(key: str) -> str:

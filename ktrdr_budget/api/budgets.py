@@ -72,11 +72,11 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
 
         The limit overrides the configured limit.
         """
-        return await service.limiter.set_limit(name, body.limit, body.until, by=caller.owner, reason=body.reason)
+        return await service.limiter.set_limit(name, body.limit, body.until, by=caller.name, reason=body.reason)
 
     @router.delete(
         f"{BUDGET}/limit",
-        dependencies=[Depends(refuse_body)],
+        dependencies=[*admin, Depends(refuse_body)],
         response_model=BudgetOut,
         responses=problems(404, 409, 413, 422),
     )
@@ -84,7 +84,7 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
         name: BudgetName, caller: Annotated[Caller, service.admin], query: Annotated[ReasonQuery, Query()]
     ) -> Status:
         """Remove the run-time limit, so that the configured limit applies again."""
-        return await service.limiter.clear_limit(name, by=caller.owner, reason=query.reason)
+        return await service.limiter.clear_limit(name, by=caller.name, reason=query.reason)
 
     @router.get("/changes", dependencies=admin, response_model=ChangesPage, responses=problems(422))
     async def list_changes(query: Annotated[PageQuery, Query()]) -> Page[Change]:

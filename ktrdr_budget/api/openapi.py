@@ -31,8 +31,8 @@ _HEADERS: Mapping[str, dict[str, Any]] = {
 _PROBLEMS: Mapping[int, tuple[str, type[BaseModel], tuple[str, ...]]] = {
     401: ("The key is missing or unknown.", Problem, ("WWW-Authenticate",)),
     403: ("The key does not permit this operation.", Problem, ()),
-    404: ("Unknown budget or hold.", Problem, ()),
-    409: ("The id is in use with other contents, or another definition of the budget is registered.", Problem, ()),
+    404: ("Unknown budget, hold or key.", Problem, ()),
+    409: ("The id or name is in use, or another definition of the budget is registered.", Problem, ()),
     413: ("The body is too large.", Problem, ()),
     422: ("The request is invalid.", InvalidProblem, ()),
     429: (

@@ -21,11 +21,13 @@ from ktrdr_budget.errors import (
     HoldConflict,
     InvalidAmount,
     InvalidArgument,
+    KeyConflict,
     StoreUnavailable,
     TooManyBudgets,
     TooManyHolds,
     UnknownBudget,
     UnknownHold,
+    UnknownKey,
 )
 from ktrdr_budget.models import Budget, Denial
 from ktrdr_budget.money import Amount
@@ -45,6 +47,8 @@ SF_INTEGER_MAX = 999_999_999_999_999
 _MAPPED: tuple[tuple[type[BudgetError], int, str, str], ...] = (
     (UnknownHold, 404, "unknown-hold", "Unknown hold"),
     (UnknownBudget, 404, "unknown-budget", "Unknown budget"),
+    (UnknownKey, 404, "unknown-key", "Unknown key"),
+    (KeyConflict, 409, "key-conflict", "The key cannot be created"),
     (HoldConflict, 409, "hold-conflict", "The id is in use with other contents"),
     # A conflict: the request is valid, but two replicas are configured differently.
     (DefinitionConflict, 409, "budget-mismatch", "Another definition of the budget is registered"),

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from ktrdr_budget.api.auth import Keys
 from ktrdr_budget.api.budgets import add_budget_routes
+from ktrdr_budget.api.keys import add_key_routes
 from ktrdr_budget.api.openapi import problems
 from ktrdr_budget.api.probes import probe_routes
 from ktrdr_budget.api.reservations import add_reservation_routes
@@ -32,6 +33,7 @@ def service_router(service: BudgetService, prefix: str = PREFIX) -> APIRouter:
     )
     add_reservation_routes(router, service)
     add_budget_routes(router, service)
+    add_key_routes(router, service)
     return complete(router)
 
 

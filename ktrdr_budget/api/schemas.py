@@ -22,10 +22,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ktrdr_budget.models import TTL_DEFAULT_S, TTL_MAX_S, OnExpiry
+from ktrdr_budget.models import TTL_DEFAULT_S, TTL_MAX_S, OnExpiry, Rights
 from ktrdr_budget.money import Amount, not_an_amount
 
 __all__ = [
+    "AccessKeyOut",
     "AgentBudgetOut",
     "BudgetList",
     "BudgetName",
@@ -39,11 +40,15 @@ __all__ = [
     "HoldsPage",
     "InvalidJSON",
     "InvalidProblem",
+    "KeyIn",
+    "KeyName",
+    "KeysPage",
     "LedgerPage",
     "LedgerQuery",
     "LimitIn",
     "Liveness",
     "MigrationOut",
+    "NewKeyOut",
     "PageQuery",
     "Problem",
     "Readiness",
@@ -51,6 +56,7 @@ __all__ = [
     "RefusedProblem",
     "ReservationIn",
     "ReservationOut",
+    "RevokedKeyOut",
     "SettlementOut",
     "SpendIn",
     "UnavailableBudget",
@@ -210,6 +216,7 @@ Reason = Annotated[
 _PATH_NAME = Path(description="A name or id, with each `/` sent as `%2F`.", json_schema_extra={"pattern": f"^{NAME}$"})
 BudgetName = Annotated[str, _PATH_NAME]
 HoldId = Annotated[str, _PATH_NAME]
+KeyName = Annotated[str, _PATH_NAME]
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -307,6 +314,30 @@ class LimitIn(RequestModel):
         json_schema_extra={"anyOf": [*_AMOUNT_SCHEMA["anyOf"], {"type": "null"}], "examples": ["10.00"]}
     )
     until: Annotated[Any, PlainValidator(_until), WithJsonSchema(_UNTIL_SCHEMA)] = None
+    reason: Reason = ""
+
+
+class KeyIn(RequestModel):
+    """A new access key."""
+
+    model_config = closed(
+        name="ci", scope={"team": "quant"}, may_set=["user"], rights="use", expires="90d", reason="the nightly build"
+    )
+    name: Annotated[
+        str,
+        PlainValidator(_name),
+        WithJsonSchema({"type": "string", "pattern": f"^{NAME}$", "description": "A name that no other key has."}),
+    ]
+    scope: dict[str, str] = Field(
+        default={}, max_length=16, description="The scope of all requests with the key. Default: no scope."
+    )
+    may_set: list[str] = Field(
+        default=[], max_length=16, description="The further fields of a scope that requests with the key may set."
+    )
+    rights: Rights = Field("use", description="`read`, `use` (reserve, settle, record, too) or `admin` (everything).")
+    expires: str | None = Field(
+        None, description="How long the key is valid: `90d`, `12h`, `30m`. Default: until it is revoked."
+    )
     reason: Reason = ""
 
 
@@ -565,6 +596,37 @@ class LedgerPage(ResponseModel):
     trimmed: bool = Field(
         description="Whether the entries at `cursor` were trimmed; if so, this page is the first page again."
     )
+
+
+class AccessKeyOut(ResponseModel):
+    """An access key, without its secret."""
+
+    name: str
+    scope: dict[str, str]
+    may_set: list[str]
+    rights: Rights
+    created_at: Instant
+    expires_at: Instant | None
+
+
+class KeysPage(ResponseModel):
+    """Access keys, by name."""
+
+    keys: list[AccessKeyOut] = Field(validation_alias="items")
+    next_cursor: str | None
+
+
+class NewKeyOut(AccessKeyOut):
+    """A new access key, with its secret, which is shown only here."""
+
+    secret: str
+
+
+class RevokedKeyOut(ResponseModel):
+    """A key that no request can use any more."""
+
+    name: str
+    revoked: Literal[True]
 
 
 class ChangeOut(ResponseModel):

@@ -1,11 +1,13 @@
 """The command line: ``ktrdr`` (also installed as ``ktrdr-budget``).
 
-``main`` is the whole command. The groups ``agent`` and ``budget`` can be mounted in another Click command line::
+``main`` is the whole command. The groups ``agent``, ``budget`` and ``key`` can be mounted in another Click command
+line::
 
-    from ktrdr_budget.cli import agent, budget
+    from ktrdr_budget.cli import agent, budget, key
 
     your_group.add_command(agent)
     your_group.add_command(budget)
+    your_group.add_command(key)
 
 The URL of the service is ``KTRDR_API_URL`` or, if your group sets it, ``context.meta[API_URL]``. Each error is a
 ``click.ClickException``, which your command line reports with one of these exit codes:
@@ -22,6 +24,7 @@ The URL of the service is ``KTRDR_API_URL`` or, if your group sets it, ``context
 from ktrdr_budget.cli.agent_commands import agent
 from ktrdr_budget.cli.budget_commands import budget
 from ktrdr_budget.cli.client import API_URL
+from ktrdr_budget.cli.key_commands import key
 from ktrdr_budget.cli.root import main
 
-__all__ = ["API_URL", "agent", "budget", "main"]
+__all__ = ["API_URL", "agent", "budget", "key", "main"]

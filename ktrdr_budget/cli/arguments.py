@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import click
 
@@ -15,6 +16,7 @@ __all__ = [
     "json_option",
     "new_id",
     "reason_option",
+    "reason_query",
     "validate_end",
     "validate_name",
     "validate_seconds",
@@ -45,7 +47,7 @@ class AmountCommand(click.Command):
 
 
 def validate_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Click callback: accept a budget name or an id. If the option is absent, accept ``None``.
+    """Click callback: accept the name of a budget or key, or an id. If the option is absent, accept ``None``.
 
     Raises:
         click.BadParameter: the value is neither a valid name nor a valid id.
@@ -93,6 +95,11 @@ def json_option(command: Command) -> Command:
 def reason_option(command: Command) -> Command:
     """Add ``--reason``."""
     return click.option("--reason", default="", help="Why, for the log of changes.")(command)
+
+
+def reason_query(reason: str) -> str:
+    """The query with this reason, for requests without a body; empty without a reason."""
+    return f"?{urlencode({'reason': reason})}" if reason else ""
 
 
 def watch_options(command: Command) -> Command:

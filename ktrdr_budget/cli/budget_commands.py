@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlencode
 
 import click
 
-from ktrdr_budget.cli.arguments import AmountCommand, json_option, reason_option, validate_end, validate_name
+from ktrdr_budget.cli.arguments import (
+    AmountCommand,
+    json_option,
+    reason_option,
+    reason_query,
+    validate_end,
+    validate_name,
+)
 from ktrdr_budget.cli.client import Answer, Service, expect_valid_response, segment, service
 from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
@@ -98,8 +104,7 @@ def set_limit(name: str, limit: str, until: str | None, reason: str, as_json: bo
 def clear_limit(name: str, reason: str, as_json: bool) -> None:
     """Restore the configured limit. The command needs the admin key."""
     where = service()
-    query = f"?{urlencode({'reason': reason})}" if reason else ""
-    _show_budget(where, where.send("DELETE", f"{_path(name)}/limit{query}", admin=True), as_json)
+    _show_budget(where, where.send("DELETE", f"{_path(name)}/limit{reason_query(reason)}", admin=True), as_json)
 
 
 @budget.command()

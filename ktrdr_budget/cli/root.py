@@ -15,6 +15,7 @@ from ktrdr_budget.cli.agent_commands import agent
 from ktrdr_budget.cli.budget_commands import budget
 from ktrdr_budget.cli.client import API_URL
 from ktrdr_budget.cli.errors import CommandError, InvalidInput
+from ktrdr_budget.cli.key_commands import key
 from ktrdr_budget.cli.prices_command import prices
 from ktrdr_budget.errors import InvalidArgument
 
@@ -144,6 +145,7 @@ def main(context: click.Context, api_url: str | None) -> None:
 
 main.add_command(agent)
 main.add_command(budget)
+main.add_command(key)
 main.add_command(prices)
 
 

@@ -9,8 +9,10 @@ import httpx
 import pytest
 from starlette.requests import HTTPConnection
 
+from ktrdr_budget.access_keys import AccessKeys
 from ktrdr_budget.api import Keys
 from ktrdr_budget.api.auth import Caller, is_loopback
+from ktrdr_budget.testing import AsyncMemoryLimiter
 
 from ..helpers.waiting import until
 from .support import V1, Running, figures, problem, reserved
@@ -35,6 +37,8 @@ ADMIN = (
     ("DELETE", "/budgets/agent/limit", None),
     ("POST", "/budgets/agent/migrate", None),
     ("GET", "/changes", None),
+    ("GET", "/keys", None),
+    ("DELETE", "/keys/none", None),
 )
 
 
@@ -44,10 +48,11 @@ async def keyed(start) -> Running:
     return await start(api_key="use-1, use-2", admin_key="admin-1")
 
 
-def authenticate(keys: Keys, key: str = "", client: Any = None) -> Caller:
+async def authenticate(keys: Keys, key: str = "", client: Any = None) -> Caller:
     """Return the authenticated caller of a request that has this key and comes from this client."""
+    access_keys = AccessKeys(AsyncMemoryLimiter([]))  # a request to its store would fail
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    return keys.authenticate(HTTPConnection({"type": "http", "client": client, "headers": headers}))
+    return await keys.authenticate(HTTPConnection({"type": "http", "client": client, "headers": headers}), access_keys)
 
 
 async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
@@ -136,7 +141,7 @@ async def test_a_client_without_an_address_counts_as_local(start):
     running = await start()
     assert (await running.connect(address="testclient").get(f"{V1}/budgets")).status_code == 200
     assert is_loopback("unix")
-    assert authenticate(Keys(), client=None).admin  # a unix socket
+    assert (await authenticate(Keys(), client=None)).admin  # a unix socket
 
 
 # -- whose hold it is --------------------------------------------------------------------------------------------------
@@ -262,15 +267,15 @@ def test_the_repr_of_keys_has_no_secret():
     assert "secret" not in repr(Keys(["secret"], ["secret-too"]))
 
 
-def test_keys_are_read_from_environment_variables():
+async def test_keys_are_read_from_environment_variables():
     assert not Keys.from_environment({})
     keys = Keys.from_environment({"KTRDR_API_KEY": "a, b,", "KTRDR_ADMIN_KEY": "c"})
     for key, admin in (("a", False), ("b", False), ("c", True)):
-        assert authenticate(keys, key).admin is admin
-    assert authenticate(Keys.from_environment({"KTRDR_AUTH": "none"}), client=("192.0.2.1", 1)).admin
+        assert (await authenticate(keys, key)).admin is admin
+    assert (await authenticate(Keys.from_environment({"KTRDR_AUTH": "none"}), client=("192.0.2.1", 1))).admin
 
 
-def test_a_sent_key_is_compared_with_all_configured_keys(monkeypatch):
+async def test_a_sent_key_is_compared_with_all_configured_keys(monkeypatch):
     import hmac
 
     compared = []
@@ -279,5 +284,5 @@ def test_a_sent_key_is_compared_with_all_configured_keys(monkeypatch):
     keys = Keys(["a", "b"], ["c"])
     for key in ("a", "c"):
         compared.clear()
-        authenticate(keys, key)
+        await authenticate(keys, key)
         assert compared == [b"a", b"b", b"c"]

@@ -181,6 +181,11 @@ async def test_a_limit_set_over_http_applies_to_all_replicas(start):
     assert await figures(one) == ("0.00", "7.00", "0.00", "0.00")
 
 
+async def test_the_key_is_checked_before_an_unexpected_body(start):
+    client = (await start(admin_key="admin-1")).client
+    problem(await client.request("DELETE", f"{V1}/budgets/agent/limit", json={"x": 1}), 401, "unauthorized")
+
+
 async def test_the_log_of_changes_names_the_key_and_the_reason_of_each_change(start):
     client = (await start(admin_key="admin-1")).connect("admin-1")
     await client.put(f"{V1}/budgets/agent/limit", json={"limit": "10.00", "reason": "a long backtest"})

@@ -21,7 +21,7 @@ KEYS = Keys(["use-key"], ["admin-key"])
 
 def request(key: str = "") -> Request:
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    return Request({"type": "http", "headers": headers, "client": ("127.0.0.1", 1)})
+    return Request({"type": "http", "method": "GET", "headers": headers, "client": ("127.0.0.1", 1)})
 
 
 @pytest.mark.parametrize(("keys", "documented"), [(Keys(), False), (KEYS, True)])

@@ -107,7 +107,7 @@ def test_no_authorization_header_is_sent_without_a_key(ktrdr: Run, service: Fake
     assert authorization(service) is None
 
 
-def test_the_admin_key_is_sent_only_with_settlements_and_changes_and_the_list_of_changes(
+def test_the_admin_key_is_sent_only_with_settlements_and_changes_and_access_keys(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_KEY", "use-key")
@@ -124,11 +124,15 @@ def test_the_admin_key_is_sent_only_with_settlements_and_changes_and_the_list_of
         ("budget", "clear-limit", "agent"),
         ("budget", "migrate", "agent"),
         ("budget", "changes"),
+        ("key", "create", "ci"),
+        ("key", "revoke", "ci"),
     ):
         ktrdr(*words)
         sent[words[1]] = authorization(service)
-    admin = {"commit", "release", "set-limit", "clear-limit", "migrate", "changes"}
+    admin = {"commit", "release", "set-limit", "clear-limit", "migrate", "changes", "create", "revoke"}
     assert sent == {word: f"Bearer {'admin' if word in admin else 'use'}-key" for word in sent}
+    ktrdr("key", "list")
+    assert authorization(service) == "Bearer admin-key"
 
 
 @pytest.mark.parametrize("name", ["KTRDR_API_KEY", "KTRDR_ADMIN_KEY"])

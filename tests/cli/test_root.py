@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ktrdr_budget import cli
-from ktrdr_budget.cli import API_URL, agent, budget, main
+from ktrdr_budget.cli import API_URL, agent, budget, key, main
 from ktrdr_budget.cli.prices_command import prices
 
 from ..helpers.waiting import wait_until
@@ -78,12 +78,13 @@ def test_the_help_of_every_command_fits_a_terminal_of_40_columns(
 
 
 def test_the_command_has_exactly_the_documented_subcommands() -> None:
-    assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
+    assert set(main.commands) == {"agent", "budget", "key", "prices", "serve", "completion"}
+    assert set(key.commands) == {"create", "list", "revoke"}
     assert set(prices.commands) == {"show"}
     assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
     reads, limits = {"list", "show", "holds", "ledger", "verify", "changes"}, {"set-limit", "clear-limit", "migrate"}
     assert set(budget.commands) == reads | limits | {"reserve", "commit", "release", "record"}
-    assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "main"]
+    assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "key", "main"]
 
 
 def test_the_command_is_installed_as_ktrdr_and_as_ktrdr_budget() -> None:

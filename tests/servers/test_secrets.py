@@ -38,6 +38,8 @@ KEYS = {
     "ANTHROPIC_API_KEY": "sk-ant-geheim-4",
     "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20geheim-5",
 }
+SECRET = "ktrdr_" + "geheim-6".ljust(43, "x")
+"""A text of the form of an access key's secret."""
 
 
 def clean(*texts: object) -> None:
@@ -156,6 +158,7 @@ def test_responses_and_logs_of_the_service_contain_no_secret(guarded):
         with serving(**environment) as service:
             logins = [{"Authorization": f"Bearer {KEYS[name]}"} for name in ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")]
             logins += [{"Authorization": "Bearer wrong-geheim-key"}, {"Authorization": "Basic geheim=="}, {}]
+            logins.append({"Authorization": f"Bearer {SECRET}"})  # read from the store, which refuses the login
             for headers in logins:
                 for path in (
                     "/livez",

@@ -169,6 +169,23 @@ def test_the_commands_work_against_a_real_service(tour: Callable[..., str], envi
         without.setenv("KTRDR_API_KEY", "wrong")
         assert "KTRDR_API_KEY" in tour("agent", "budget", code=1)
 
+    # Access keys: one that may read, from its creation to its revocation; the log names who changed what.
+    made = document(tour("key", "create", "ci", "--rights", "read", "--expires", "90d", "--json"))
+    tour("key", "create", "ci", code=1)
+    assert tour("key", "list").splitlines()[1].split()[:2] == ["ci", "read"]
+    with environment.context() as other:
+        other.delenv("KTRDR_ADMIN_KEY")
+        other.setenv("KTRDR_API_KEY", made["secret"])
+        assert "Daily Limit: $5.00" in tour("agent", "budget")
+        assert "right to use" in tour("budget", "record", "agent", "0.01", code=1)
+    assert tour("key", "revoke", "ci", "--reason", "the tour ends") == "Revoked ci\n"
+    with environment.context() as other:
+        other.setenv("KTRDR_API_KEY", made["secret"])
+        assert "was revoked" in tour("agent", "budget", code=1)
+    changes = document(tour("budget", "changes", "--json"))["changes"]
+    assert [change["kind"] for change in changes] == ["key", "key", "limit", "limit", "limit"]
+    assert (changes[0]["reason"], changes[0]["before"].split(";")[0]) == ("the tour ends", "read")
+
     # An exhausted budget is shown with exit code 0, and adds up.
     tour("budget", "record", "agent", "6.00")
     assert "Remaining: $0.00\nCycles Affordable: ~0" in tour("agent", "budget")

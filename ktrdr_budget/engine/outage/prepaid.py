@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ktrdr_budget.engine.leases.chunks import Chunk, Grant
 from ktrdr_budget.engine.leases.lease import LEASE_TTL_DEFAULT_S, ChunkCalls, LeaseBase
 from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy, release_unreceived
-from ktrdr_budget.engine.protocol.hold_record import digest_of, parse_scope
+from ktrdr_budget.engine.protocol.hold_record import digest_of, split_scope
 from ktrdr_budget.engine.protocol.operations import LONGEST_HOLD_MS, CommitAmount, Labels, RecordSpend, Reserve
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
@@ -373,7 +373,7 @@ class PrepaidPolicy(OutagePolicy):
             # The entry has an id of its own: the store may have the hold's id from a request of another process.
             late_id, labels = self._state.new_id(), backing.labels
             key = self._state.keys.hold(late_id)
-            named = {"operation": labels.operation, "trace_id": labels.trace_id, "scope": parse_scope(labels.scope)[0]}
+            named = {"operation": labels.operation, "trace_id": labels.trace_id, "scope": split_scope(labels.scope)[0]}
             self.defer(RecordSpend(late_id, key, given_back, is_late=True, **named))
         backing.settled = state, units
         self._open.pop(hold.id, None)

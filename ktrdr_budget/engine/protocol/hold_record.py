@@ -25,7 +25,7 @@ __all__ = [
     "label_words_of",
     "owner_word",
     "parse_record",
-    "parse_scope",
+    "split_scope",
     "scope_fields",
     "scope_word",
     "segments_of",
@@ -172,7 +172,7 @@ def parse_record(text: str) -> HoldRecord:
         tuple(parsed),
         request.rstrip("!"),
         request.endswith("!"),
-        *parse_scope(scope),
+        *split_scope(scope),
     )
 
 
@@ -225,7 +225,7 @@ def scope_word(scope: str) -> str:
     return scope if scope and scope[0] != ";" else f"-{scope}"
 
 
-def parse_scope(scope: str) -> tuple[str, tuple[str, ...]]:
+def split_scope(scope: str) -> tuple[str, tuple[str, ...]]:
     """The fields and the units from the text of :func:`join_scope` or :func:`scope_word`."""
     fields, _, units = scope.partition(";")
     return "" if fields == "-" else fields, tuple(units.split(",")) if units else ()

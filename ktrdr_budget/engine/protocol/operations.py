@@ -16,9 +16,9 @@ from ktrdr_budget.engine.protocol.hold_record import (
     label_words_of,
     owner_word,
     parse_record,
-    parse_scope,
     scope_word,
     segments_of,
+    split_scope,
     word,
 )
 from ktrdr_budget.engine.protocol.replies import (
@@ -470,7 +470,7 @@ class RecordSpend(SettlingOperation):
     def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
         segments = tuple(segment._replace(charged=segment.reserved) for segment in segments_of(self.parts))
         times, labels = (now_ms, now_ms * 1000, 0), ("", self.operation, self.trace_id)
-        scope, units = parse_scope(self.scope)
+        scope, units = split_scope(self.scope)
         return HoldRecord(
             codes.RECORDED, "c", *times, *labels, segments, request=self._request, scope=scope, units=units
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread, with_counts
-from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, parse_scope, scope_fields, segments_of
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, scope_fields, segments_of, split_scope
 from ktrdr_budget.engine.protocol.operations import CommitAmount, Labels, Restore, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
@@ -177,12 +177,12 @@ class HoldBase:
     @property
     def scope(self) -> Mapping[str, str]:
         """The fields of the scope in which the hold was reserved; empty if there are none."""
-        return scope_fields(parse_scope(self._scope)[0])
+        return scope_fields(split_scope(self._scope)[0])
 
     @property
     def scope_units(self) -> tuple[str, ...]:
         """For a hold that was reserved by scope, the unit of each part; else empty."""
-        return parse_scope(self._scope)[1] if self._scope else ()
+        return split_scope(self._scope)[1] if self._scope else ()
 
     @property
     def windows(self) -> Mapping[str, str]:
@@ -346,7 +346,7 @@ class HoldBase:
     def _open_record(self, policy: str, created_us: int, labels: Labels) -> HoldRecord:
         owner, operation, trace_id, scope = labels
         times, words = (self.deadline_ms, created_us, 0), (owner, operation, trace_id)
-        fields, units = parse_scope(scope)
+        fields, units = split_scope(scope)
         return HoldRecord(codes.OPEN, policy, *times, *words, segments_of(self.parts), scope=fields, units=units)
 
     def offline_view(self) -> HoldRecord:

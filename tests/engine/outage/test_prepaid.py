@@ -200,7 +200,8 @@ class Replica:
     def draw(self, amounts: dict[str, int], on_expiry: str = "c", ttl_s: int = 60, **given: Any) -> HoldBase | None:
         parts = [(self.store.state.current_window(name), units) for name, units in amounts.items()]
         wanted = OfflineReservation(
-            given.get("id") or self.store.state.new_id(), parts, ttl_s * SECOND, on_expiry, Labels("", "", ""),
+            given.get("id") or self.store.state.new_id(), parts, ttl_s * SECOND, on_expiry,
+            given.get("labels", Labels()),
             given.get("request", ""), given.get("ambiguous", False),
         )  # fmt: skip
         hold = self.policy.reserve(wanted)
@@ -356,7 +357,7 @@ def test_a_release_is_queued_if_a_request_granted_from_a_lease_may_have_reached_
 
 def test_a_late_commit_is_recorded_with_a_new_id_if_the_hold_returned_its_money_at_expiry(replica):
     replica.reach("away")
-    hold = replica.draw({"agent": 10}, "r", ttl_s=1, id="op_1")
+    hold = replica.draw({"agent": 10}, "r", ttl_s=1, id="op_1", labels=Labels(scope="user=alice;usd"))
     assert hold is not None
     replica.turn(2 * SECOND)
     assert hold.state == "unconfirmed"
@@ -365,6 +366,23 @@ def test_a_late_commit_is_recorded_with_a_new_id_if_the_hold_returned_its_money_
     assert isinstance(entry.request, RecordSpend)
     assert entry.hold_id != "op_1"
     assert list(entry.request.units) == [7]
+    assert entry.request.scope == "user=alice"
+
+
+def test_spend_paid_from_a_lease_is_recorded_once_for_each_id_and_digest(replica):
+    replica.reach("away")
+    window = replica.store.state.current_window("agent")
+
+    def record(units: int, digest: str) -> Any:
+        return replica.policy.record(RecordSpend("r", "k", [(window, units)], digest=digest), ambiguous=False)
+
+    assert not record(5, "one").replayed
+    assert record(5, "one").replayed
+    assert record(5, "").replayed
+    for units, digest in ((5, "two"), (6, "")):
+        with pytest.raises(HoldConflict, match="is recorded"):
+            record(units, digest)
+    assert replica.policy.remaining["agent"] == from_units(SLAB - 5)
 
 
 @pytest.mark.parametrize(("first", "second"), [(5, 6), (5, None), (None, 5)])

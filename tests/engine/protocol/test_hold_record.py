@@ -17,8 +17,8 @@ from ktrdr_budget.engine.protocol.hold_record import (
     join_scope,
     label_words_of,
     parse_record,
-    parse_scope,
     scope_word,
+    split_scope,
     unword,
     word,
 )
@@ -105,7 +105,7 @@ def test_a_record_is_a_tombstone_only_if_its_operation_is_an_unescaped_exclamati
 )
 def test_the_word_of_a_scope_has_its_fields_and_the_unit_of_each_segment(scope, encoded, parsed):
     assert scope_word(scope) == encoded
-    assert parse_scope(encoded) == parse_scope(scope) == parsed
+    assert split_scope(encoded) == split_scope(scope) == parsed
     assert join_scope(*parsed) == scope
 
 

@@ -270,7 +270,9 @@ async def test_38987_every_key_has_an_expiry_after_every_call(server, limiter, o
         await done(expired.extend())
         await done(expired.release())
         kinds = {key.split("}:")[1].split(":")[0] for key in client.scan_iter()}
-        assert kinds == {"w", "l", "h", "meta", "budgets", "replicas"}, "the indexes of holds are empty again"
+        assert kinds == {"w", "l", "h", "meta", "budgets", "replicas", "changes"}, (
+            "the indexes of holds are empty again"
+        )
 
 
 async def _is_unconfirmed(limiter, hold_id: str) -> bool:

@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from ktrdr_budget.definitions import check_scope
+from ktrdr_budget.definitions import SCOPE_FIELDS_MAX, check_scope
 from ktrdr_budget.engine.calls.context import checked_label
 from ktrdr_budget.engine.calls.results import page_size
 from ktrdr_budget.engine.protocol import access_keys as protocol
@@ -30,7 +30,6 @@ _SECRET = re.compile(r"ktrdr_[A-Za-z0-9_-]{43}", re.ASCII)
 _LIFETIME = re.compile(r"(\d{1,6})([mhd])", re.ASCII)
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 _LIFETIME_MIN, _LIFETIME_MAX = timedelta(seconds=1), timedelta(days=3650)
-_FIELDS_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +143,14 @@ def _check_may_set(fields: Iterable[str]) -> tuple[str, ...]:
     if isinstance(fields, str) or not isinstance(fields, Iterable):
         raise InvalidArgument(f"may_set must be a list of fields, not {shown(fields)}")
     found = tuple(sorted({check_field(each) for each in fields}))
-    if len(found) > _FIELDS_MAX:
-        raise InvalidArgument(f"a key may set at most {_FIELDS_MAX} fields, not {len(found)}")
+    if len(found) > SCOPE_FIELDS_MAX:
+        raise InvalidArgument(f"a key may set at most {SCOPE_FIELDS_MAX} fields, not {len(found)}")
     return found
 
 
 def _check_rights(rights: object) -> Rights:
-    for known in get_args(Rights):
-        if rights == known:
-            return known  # type: ignore[no-any-return]
+    if rights in get_args(Rights):
+        return cast(Rights, rights)
     raise InvalidArgument(f"rights must be 'read', 'use' or 'admin', not {shown(rights)}")
 
 

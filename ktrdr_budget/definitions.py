@@ -26,7 +26,7 @@ from typing import NamedTuple
 from ktrdr_budget.errors import InvalidArgument, InvalidScope, UnknownBudget, shown, unknown_budget
 from ktrdr_budget.models import FIELD, Budget, check_field, check_name, split_name
 
-__all__ = ["Catalog", "Instance", "check_scope", "common_name", "parse_scope", "scope_text"]
+__all__ = ["SCOPE_FIELDS_MAX", "Catalog", "Instance", "check_scope", "common_name", "parse_scope", "scope_text"]
 
 SCOPE_FIELDS_MAX = 16
 """The records of a hold and of a ledger entry contain the scope, so its size is bounded."""
